@@ -1,0 +1,1 @@
+"""The device: a personal version of a frozen language model, without torch."""

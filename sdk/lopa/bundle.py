@@ -1,0 +1,261 @@
+"""The bundle: what the exporter hands the device (DESIGN section 3). A folder, and a single-file archive of it.
+
+    manifest.json  tokenizer.json  encode.onnx  compose.onnx  update.onnx  factors.safetensors
+
+Graph contract (all float tensors float32; b batch, t tokens, m rows, d hidden size):
+
+    encode.onnx   input_ids, attention_mask: int64 (b, t)  ->  every instance tensor, by its name: (b, ...)
+    compose.onnx  instance tensors, personal tensors, by name  ->  soft_prompt (b, m, d)
+    update.onnx   instance tensors, personal tensors, `exp_avg.NAME` and `exp_avg_sq.NAME` for each personal tensor,
+                  gradient (b, m, d), and the scalars learning_rate, weight_decay, clip, step: float32 ()
+                  ->  `new.NAME`, `new.exp_avg.NAME`, `new.exp_avg_sq.NAME`, gradient_norm ()
+                  `step` counts from 1. `clip` bounds the L2 norm over all personal gradients together (torch's clip_grad_norm_).
+
+The archive is a ZIP of exactly these files, stored without compression, in the manifest's order, timestamps fixed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+FILES = ("tokenizer.json", "encode.onnx", "compose.onnx", "update.onnx", "factors.safetensors")
+MAX_MANIFEST_BYTES = 1 << 20
+MAX_FILE_BYTES = 1 << 30
+_HEX = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[A-Za-z0-9_.]{1,100}")
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+
+
+class BundleError(ValueError):
+    """A bundle that is damaged, incomplete, of an unknown schema, or not what its id says."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A named tensor. `dtype` is how it is stored at rest ("F16" or "F32"); graphs always take float32."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "F32"
+
+
+@dataclass(frozen=True)
+class FileSpec:
+    sha256: str
+    size: int
+    """Bytes."""
+
+
+@dataclass(frozen=True)
+class FMSpec:
+    """The foundation model that the bundle was trained for."""
+
+    name: str
+    fingerprint: str
+    hidden_size: int
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    name: str
+    max_tokens: int
+    """Longer inputs are truncated to this many tokens."""
+    truncation_side: str = "left"
+    """"left" drops the beginning and keeps what stands right before the target; "right" drops the end."""
+
+
+@dataclass(frozen=True)
+class TuningDefaults:
+    """Hyper-parameters that suit this bundle; `tune` takes them unless told otherwise."""
+
+    learning_rate: float = 1e-2
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    steps: int = 100
+    batch_size: int = 8
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that the device needs to know about a bundle. It sees tensors and graphs by name, no profile's meaning."""
+
+    fm: FMSpec
+    encoder: EncoderSpec
+    rows: int
+    """m, rows of the soft prompt."""
+    rank: int
+    """r, rank of the instance part U V^T; 0 without one."""
+    composition: str
+    """"product", "add", "concat", "max" or "none"."""
+    profile: str
+    """"factors", "heads" or "prompt": a label for people."""
+    instance: tuple[TensorSpec, ...]
+    """What encode gives per input; shapes without the batch axis."""
+    personal: tuple[TensorSpec, ...]
+    """What the user owns and tunes."""
+    files: Mapping[str, FileSpec]
+    tuning: TuningDefaults = dataclasses.field(default_factory=TuningDefaults)
+    schema: int = SCHEMA
+
+    @property
+    def id(self) -> str:
+        """SHA-256 of the canonical JSON, which holds every file's digest: 64 hex digits."""
+        return hashlib.sha256(self._canonical().encode()).hexdigest()
+
+    def _canonical(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+
+    def to_json(self) -> str:
+        """The manifest file's text; its `id` is redundant and checked on reading."""
+        return json.dumps({"id": self.id, **dataclasses.asdict(self)}, indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Parse and check a manifest.
+
+        Raises:
+            BundleError: not JSON, a field missing, of the wrong type or out of range, or an id that doesn't fit the content.
+        """
+        try:
+            document = json.loads(text)
+            schema = document["schema"]
+            if schema != SCHEMA:
+                raise BundleError(f"manifest.schema is {schema!r}; this version reads {SCHEMA}: upgrade lopa")
+            manifest = cls(
+                fm=FMSpec(**document["fm"]),
+                encoder=EncoderSpec(**document["encoder"]),
+                rows=document["rows"],
+                rank=document["rank"],
+                composition=document["composition"],
+                profile=document["profile"],
+                instance=_specs(document["instance"]),
+                personal=_specs(document["personal"]),
+                files={name: FileSpec(**spec) for name, spec in document["files"].items()},
+                tuning=TuningDefaults(**document["tuning"]),
+            )
+        except BundleError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BundleError(f"{MANIFEST} is not a bundle manifest: {type(error).__name__}: {error}") from error
+        _check(manifest)
+        if document.get("id") != manifest.id:
+            raise BundleError(f"{MANIFEST} says id {document.get('id')!r}, its content has {manifest.id}: it was changed")
+        return manifest
+
+
+def _specs(rows: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(str(row["name"]), tuple(row["shape"]), str(row["dtype"])) for row in rows)
+
+
+def _check(manifest: Manifest) -> None:
+    """Types and ranges of a manifest that came from outside."""
+
+    def integer(field: str, value: object, low: int, high: int) -> None:
+        if type(value) is not int or not low <= value <= high:
+            raise BundleError(f"manifest.{field} is {value!r}; it must be an integer from {low} to {high}")
+
+    integer("rows", manifest.rows, 1, 4096)
+    integer("rank", manifest.rank, 0, 1024)
+    integer("fm.hidden_size", manifest.fm.hidden_size, 1, 1 << 16)
+    integer("encoder.max_tokens", manifest.encoder.max_tokens, 1, 1 << 16)
+    integer("tuning.steps", manifest.tuning.steps, 1, 1 << 20)
+    integer("tuning.batch_size", manifest.tuning.batch_size, 1, 1 << 12)
+    if manifest.encoder.truncation_side not in ("left", "right"):
+        raise BundleError(f"manifest.encoder.truncation_side is {manifest.encoder.truncation_side!r}; it must be left or right")
+    if not _HEX.fullmatch(str(manifest.fm.fingerprint)):
+        raise BundleError("manifest.fm.fingerprint must be 64 lower-case hex digits")
+    for kind, specs in (("instance", manifest.instance), ("personal", manifest.personal)):
+        if len({spec.name for spec in specs}) != len(specs):
+            raise BundleError(f"manifest.{kind} names a tensor twice")
+        for spec in specs:
+            if not _NAME.fullmatch(spec.name):
+                raise BundleError(f"manifest.{kind} has a tensor of name {spec.name[:100]!r}; letters, digits, _ and . are allowed")
+            if spec.dtype not in ("F16", "F32"):
+                raise BundleError(f"manifest.{kind}.{spec.name}.dtype is {spec.dtype!r}; it must be F16 or F32")
+            for size in spec.shape:
+                integer(f"{kind}.{spec.name}.shape", size, 1, 1 << 24)
+    if set(manifest.files) != set(FILES):
+        raise BundleError(f"manifest.files must be exactly {', '.join(FILES)}; it has {', '.join(sorted(manifest.files))[:200]}")
+    for name, file in manifest.files.items():
+        integer(f"files.{name}.size", file.size, 1, MAX_FILE_BYTES)
+        if not _HEX.fullmatch(str(file.sha256)):
+            raise BundleError(f"manifest.files.{name}.sha256 must be 64 lower-case hex digits")
+
+
+def digest_file(path: Path) -> FileSpec:
+    """Size and SHA-256 of a file."""
+    with path.open("rb") as file:
+        return FileSpec(hashlib.file_digest(file, "sha256").hexdigest(), path.stat().st_size)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk whose every byte was checked against its manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Bundle:
+        """Read and verify a bundle's folder.
+
+        Raises:
+            BundleError: a file is missing, has another size or digest than the manifest says, or the manifest is bad.
+        """
+        folder = Path(folder)
+        path = folder / MANIFEST
+        try:
+            if path.stat().st_size > MAX_MANIFEST_BYTES:
+                raise BundleError(f"{MANIFEST} is larger than {MAX_MANIFEST_BYTES} bytes")
+            manifest = Manifest.from_json(path.read_text(encoding="utf-8"))
+            for name, spec in manifest.files.items():
+                if digest_file(folder / name) != spec:
+                    raise BundleError(f"{name} in {folder} is not what the manifest says: it was changed or only partly written")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BundleError(f"{folder} is not a bundle: {error}") from error
+        return cls(folder, manifest)
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def write_archive(self, path: Path) -> None:
+        """Write the single-file archive; the same bundle always gives the same bytes."""
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+            for name in (MANIFEST, *FILES):
+                info = zipfile.ZipInfo(name, _EPOCH)
+                info.external_attr = 0o644 << 16
+                archive.writestr(info, (self.folder / name).read_bytes())
+
+
+def extract_archive(archive: Path, folder: Path) -> Bundle:
+    """Unpack an archive into a new `folder` and verify it. Only the names and sizes that the manifest gives are read.
+
+    Raises:
+        BundleError: not such an archive, or its content doesn't verify. `folder` may then hold a partial copy.
+    """
+    try:
+        with zipfile.ZipFile(archive) as source:
+            sizes = {info.filename: info.file_size for info in source.infolist()}
+            if set(sizes) != {MANIFEST, *FILES} or len(source.infolist()) != len(sizes):
+                raise BundleError(f"{archive.name} must hold exactly {', '.join((MANIFEST, *FILES))}")
+            if sizes[MANIFEST] > MAX_MANIFEST_BYTES:
+                raise BundleError(f"{MANIFEST} is larger than {MAX_MANIFEST_BYTES} bytes")
+            manifest = Manifest.from_json(source.read(MANIFEST).decode("utf-8"))
+            if any(sizes[name] != spec.size for name, spec in manifest.files.items()):
+                raise BundleError(f"{archive.name} has files of other sizes than its manifest says")
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in (MANIFEST, *FILES):
+                (folder / name).write_bytes(source.read(name))
+    except (zipfile.BadZipFile, OSError, UnicodeDecodeError, NotImplementedError, RuntimeError) as error:
+        raise BundleError(f"{archive.name} is not a bundle archive: {error}") from error
+    return Bundle.open(folder)

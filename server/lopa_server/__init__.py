@@ -1,0 +1,1 @@
+"""The server: one frozen language model for everybody, nothing kept about anyone."""
