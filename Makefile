@@ -1,0 +1,46 @@
+# Every target sets up .venv by itself. `make demo ARGS="--json out.json"` passes ARGS on.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+TORCH := $(shell grep -i '^torch==' constraints.txt)
+
+.PHONY: help demo test check proto bench clean
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+# torch goes first and by itself: with it in place nothing asks the index for another build of it.
+$(VENV)/.base: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt "$(TORCH)"
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.base pyproject.toml
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base pyproject.toml
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo  ## eight users tune at the same time, then generate in one mixed batch
+	$(BIN)/lopa demo $(ARGS)
+
+test: $(VENV)/.dev  ## every test that needs no patience (all of them: make test ARGS="-m ''")
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev  ## format, lint, types, generated code
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python scripts/generate_proto.py --check
+
+proto: $(VENV)/.dev  ## regenerate sdk/lopa/v1 from proto/
+	$(BIN)/python scripts/generate_proto.py
+
+bench: $(VENV)/.dev  ## list the benchmarks
+	@$(BIN)/python benchmarks/list.py
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) build dist
