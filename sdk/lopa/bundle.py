@@ -26,6 +26,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lopa.errors import BundleError
+
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "EncoderSpec",
+    "FMSpec",
+    "FileSpec",
+    "Manifest",
+    "TensorSpec",
+    "TuningDefaults",
+    "digest_file",
+    "extract_archive",
+]
+
 SCHEMA = 1
 MANIFEST = "manifest.json"
 FILES = ("tokenizer.json", "encode.onnx", "compose.onnx", "update.onnx", "factors.safetensors")
@@ -34,10 +49,6 @@ MAX_FILE_BYTES = 1 << 30
 _HEX = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9_.]{1,100}")
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-
-
-class BundleError(ValueError):
-    """A bundle that is damaged, incomplete, of an unknown schema, or not what its id says."""
 
 
 @dataclass(frozen=True)

@@ -67,11 +67,14 @@ CATALOGUE: Mapping[Reason, Entry] = {
     Reason.SOFT_PROMPT_NORM: Entry(_INVALID, "{field} has a row of L2 norm {found}; the limit is {limit}"),
     Reason.BUNDLE_OFFSET: Entry(grpc.StatusCode.OUT_OF_RANGE, "{field} is {found}; the archive has {limit} bytes"),
     Reason.FINGERPRINT_MISMATCH: Entry(
-        grpc.StatusCode.FAILED_PRECONDITION, "{field} is {found}; this server's model has {limit}: the factors or the bundle belong to another model"
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "{field} is {found}; this server's model has {limit}: the factors or the bundle belong to another model",
     ),
     Reason.UNKNOWN_BUNDLE: Entry(grpc.StatusCode.NOT_FOUND, "{field} {found} is not published here; the current bundle is {limit}"),
     Reason.QUEUE_FULL: Entry(grpc.StatusCode.RESOURCE_EXHAUSTED, "{field} is full: {found} waiting, the limit is {limit}; try again later"),
-    Reason.DRAINING: Entry(grpc.StatusCode.UNAVAILABLE, "the server is shutting down; try again, another replica or a restarted one will answer"),
+    Reason.DRAINING: Entry(
+        grpc.StatusCode.UNAVAILABLE, "the server is shutting down; try again, another replica or a restarted one will answer"
+    ),
     Reason.MESSAGE_TOO_LARGE: Entry(grpc.StatusCode.RESOURCE_EXHAUSTED, "{field} has {found} bytes; the limit is {limit}"),
     Reason.INTERNAL: Entry(grpc.StatusCode.INTERNAL, "internal error; the server's log has the detail under request id {found}"),
 }

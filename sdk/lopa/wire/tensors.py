@@ -22,10 +22,10 @@ ITEM_BYTES: Mapping[int, int] = {pb.DTYPE_F32: 4, pb.DTYPE_F16: 2, pb.DTYPE_BF16
 
 def dtype_name(dtype: int) -> str:
     """`F32` for DTYPE_F32; the number itself for one that this version doesn't know."""
-    return pb.DType.Name(dtype).removeprefix("DTYPE_") if dtype in pb.DType.values() else str(dtype)
+    return pb.DType.Name(pb.DType.ValueType(dtype)).removeprefix("DTYPE_") if dtype in pb.DType.values() else str(dtype)
 
 
-def encode_rows(rows: Float32, dtype: pb.DType) -> tuple[bytes, bytes]:
+def encode_rows(rows: Float32, dtype: pb.DType.ValueType) -> tuple[bytes, bytes]:
     """Serialize (m, d) float32 rows as (data, scales).
 
     F16 saturates nothing: a value beyond its range becomes infinite and is refused by the receiver. BF16 rounds to nearest even.
@@ -80,7 +80,9 @@ def decode_rows(data: bytes, scales: bytes, *, rows: int, hidden: int, dtype: in
     return np.frombuffer(data, np.int8).reshape(shape).astype(np.float32) * scale
 
 
-def soft_prompt_message(rows: Float32, dtype: pb.DType = pb.DTYPE_F32, placement: pb.Placement = pb.PLACEMENT_FRONT) -> pb.SoftPrompt:
+def soft_prompt_message(
+    rows: Float32, dtype: pb.DType.ValueType = pb.DTYPE_F32, placement: pb.Placement.ValueType = pb.PLACEMENT_FRONT
+) -> pb.SoftPrompt:
     """A SoftPrompt message for (m, d) float32 rows."""
     data, scales = encode_rows(rows, dtype)
     return pb.SoftPrompt(rows=rows.shape[0], hidden=rows.shape[1], dtype=dtype, data=data, scales=scales, placement=placement)

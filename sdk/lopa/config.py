@@ -1,0 +1,29 @@
+"""How a client behaves: bounds and places, each with a default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lopa.retry import RetryPolicy
+
+
+@dataclass(frozen=True)
+class ClientConfig:
+    """Bounds and places. Times are in seconds and bound a whole call, its retries included."""
+
+    connect_timeout: float = 10.0
+    """Asking a server what it hosts."""
+    timeout: float = 120.0
+    """Score and PromptGradients."""
+    generate_timeout: float = 600.0
+    """A whole generation."""
+    bundle_timeout: float = 600.0
+    """One attempt to download the bundle; an interrupted download goes on where it stopped."""
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+    max_message_bytes: int = 64 << 20
+    """Larger replies are refused."""
+    cache: Path | None = None
+    """Where bundles are kept; None stands for $LOPA_CACHE, else the user's cache folder."""
+    threads: int = 1
+    """Threads of the prompt encoder."""

@@ -1,0 +1,45 @@
+"""When to try again: exponential backoff with full jitter, bounded in attempts and time. No clock and no network in here.
+
+Source: gRPC's retry policy (proposal A6) and "Exponential Backoff And Jitter" (M. Brooker, AWS Architecture Blog, 2015).
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from lopa.errors import LopaError, ResourceExhausted, Unavailable
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How often and how long. Delays are in seconds."""
+
+    attempts: int = 4
+    """Calls in all, the first one included; 1 never retries."""
+    initial: float = 0.1
+    """Upper bound of the first delay."""
+    maximum: float = 5.0
+    """Upper bound of any delay, the server's own wish included."""
+    multiplier: float = 2.0
+    """Each upper bound is this many times the one before."""
+
+    def delay(self, failures: int, error: LopaError, rng: random.Random) -> float | None:
+        """Seconds to wait after the `failures`-th failure (from 1), or None to give up.
+
+        The server's RetryInfo is a lower bound, with jitter on top; a wish beyond `maximum` is not waited for.
+        """
+        if failures >= self.attempts or not is_retryable(error):
+            return None
+        wish = error.retry_after or 0.0 if isinstance(error, ResourceExhausted) else 0.0
+        return None if wish > self.maximum else wish + self.backoff(failures, rng)
+
+    def backoff(self, failures: int, rng: random.Random) -> float:
+        """Full jitter: uniform between 0 and initial * multiplier^(failures - 1), at most `maximum`."""
+        exponent = min(failures - 1, 64)
+        return rng.uniform(0.0, min(self.maximum, self.initial * self.multiplier**exponent))
+
+
+def is_retryable(error: LopaError) -> bool:
+    """Whether the same request can succeed later: no connection, or a full queue that says when to come back."""
+    return isinstance(error, Unavailable) or (isinstance(error, ResourceExhausted) and error.retry_after is not None)
