@@ -1,0 +1,119 @@
+"""Writing a bundle: graphs, tokenizer, start values and manifest, verified and then published by one rename.
+
+The same encoder and LoPA give the same bytes and so the same bundle id, on every run and in every folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from lopa.bundle import FILES, MANIFEST, Bundle, EncoderSpec, FMSpec, Manifest, TensorSpec, TuningDefaults, digest_file
+from lopa.fingerprint import fingerprint_folder
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from lopa_exporters import graphs, verify
+from lopa_exporters.encoder import Encoder, NoEncoder
+from lopa_exporters.lopa import LoPA
+
+DTYPES = {"F16": torch.float16, "F32": torch.float32}
+
+
+def read_fm_spec(folder: Path, name: str = "") -> FMSpec:
+    """Name (the folder's own unless given), fingerprint and hidden size of a foundation model on disk.
+
+    Raises:
+        FileNotFoundError: not a Hugging Face model folder.
+    """
+    from transformers import AutoConfig
+
+    fingerprint = fingerprint_folder(folder)
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    return FMSpec(name or folder.resolve().name, fingerprint, int(config.hidden_size))
+
+
+def export_bundle(
+    out: Path,
+    *,
+    fm: FMSpec,
+    encoder: Encoder | NoEncoder,
+    lopa: LoPA,
+    tuning: TuningDefaults | None = None,
+    personal_dtype: str | None = None,
+) -> Bundle:
+    """Write and verify a bundle at `out`, which is replaced as a whole or not at all.
+
+    personal_dtype: how personal tensors rest on the device, "F16" or "F32"; by default F16 for profile "factors", else F32.
+
+    Raises:
+        ValueError: the parts don't fit each other, or `out` exists and is not a bundle.
+        ExportError: a graph is not what torch computes.
+    """
+    if lopa.config.hidden != fm.hidden_size:
+        raise ValueError(f"the soft prompt has hidden size {lopa.config.hidden}, the model {fm.name} has {fm.hidden_size}")
+    if lopa.config.features != encoder.width:
+        raise ValueError(f"the heads read {lopa.config.features} features, the encoder gives {encoder.width}")
+    if out.exists() and not (out / MANIFEST).is_file():
+        raise ValueError(f"{out} exists and is not a bundle; give a new folder")
+    dtype = personal_dtype or ("F16" if lopa.config.profile == "factors" else "F32")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
+        folder = Path(temporary) / "bundle"
+        folder.mkdir()
+        lopa = _at_rest(lopa, dtype)
+        _write_files(folder, encoder, lopa, dtype)
+        manifest = _manifest(folder, fm, encoder, lopa, tuning or TuningDefaults(), dtype)
+        (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        Bundle.open(folder)
+        _publish(folder, out)
+    return Bundle.open(out)
+
+
+def _at_rest(lopa: LoPA, dtype: str) -> LoPA:
+    """Start values as a device reads them back, so that what is verified is what is used."""
+    start = {name: tensor.to(DTYPES[dtype]).float() for name, tensor in lopa.start.items()}
+    return dataclasses.replace(lopa, start=start)
+
+
+def _write_files(folder: Path, encoder: Encoder | NoEncoder, lopa: LoPA, dtype: str) -> None:
+    """Everything but the manifest; each graph is verified as soon as it is written."""
+    encoder.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    encode, compose, update = (folder / f"{name}.onnx" for name in ("encode", "compose", "update"))
+    graphs.export_encode(encoder, encode)
+    verify.verify_encode(encode, encoder, encoder.width, encoder.tokenizer.get_vocab_size(), encoder.config.max_tokens)
+    graphs.export_compose(lopa, compose)
+    verify.verify_compose(compose, lopa)
+    graphs.export_update(lopa, update)
+    verify.verify_update(update, lopa)
+    tensors: dict[str, Tensor] = {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in lopa.start.items()}
+    (folder / "factors.safetensors").write_bytes(serialize(tensors))
+
+
+def _manifest(folder: Path, fm: FMSpec, encoder: Encoder | NoEncoder, lopa: LoPA, tuning: TuningDefaults, dtype: str) -> Manifest:
+    config = lopa.config
+    return Manifest(
+        fm=fm,
+        encoder=EncoderSpec(encoder.config.label, encoder.config.max_tokens, encoder.config.truncation_side),
+        rows=config.soft_prompt_rows,
+        rank=config.rank if config.has_instance_part else 0,
+        composition=config.composition,
+        profile=config.profile,
+        instance=(TensorSpec(graphs.INSTANCE, (config.features,)),),
+        personal=tuple(TensorSpec(name, tuple(tensor.shape), dtype) for name, tensor in lopa.start.items()),
+        files={name: digest_file(folder / name) for name in FILES},
+        tuning=tuning,
+    )
+
+
+def _publish(folder: Path, out: Path) -> None:
+    """Put a finished folder in its place. An old bundle is moved aside first and removed last."""
+    aside = folder.parent / "old"
+    if out.exists():
+        os.replace(out, aside)
+    os.replace(folder, out)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,194 @@
+"""The frozen prompt encoder: text to one standardized feature vector.
+
+A backbone (any Hugging Face text encoder, or the first layers of a causal language model), pooling, optional L2 normalization
+(as the paper's embedding encoders have it), and a standardization with constants from a population. The last one matters:
+the entries of a normalized vector of width h are about 1/sqrt(h) with a large common part, and heads that start small then
+give every input nearly the same prompt.
+
+Legend: b batch, t tokens, h encoder width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+Ids = NDArray[np.int64]
+POOLINGS = ("mean", "cls", "last")
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Where features come from."""
+
+    folder: str
+    """A Hugging Face folder or model id."""
+    layers: int = 0
+    """Keep the backbone's first layers only; 0 keeps all."""
+    pooling: str = "mean"
+    """"mean" over real tokens, "cls" for the first, "last" for the last real token."""
+    normalize: bool = True
+    """L2-normalize the pooled vector before it is standardized."""
+    max_tokens: int = 128
+    truncation_side: str = "left"
+    """Which end of a longer input is dropped."""
+    name: str = ""
+    """What the manifest says; empty is the folder's last part and the layers. Never a path."""
+
+    def __post_init__(self) -> None:
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling is {self.pooling!r}; known are {', '.join(POOLINGS)}")
+        if self.truncation_side not in ("left", "right"):
+            raise ValueError(f"truncation_side is {self.truncation_side!r}; it must be left or right")
+        if self.max_tokens < 1 or self.layers < 0:
+            raise ValueError("max_tokens must be at least 1 and layers not negative")
+
+    @property
+    def label(self) -> str:
+        return self.name or Path(self.folder).name + (f"[:{self.layers}]" if self.layers else "")
+
+
+class Encoder(nn.Module):
+    """(b, t) token ids and mask -> (b, h) features, float32. Padding goes on the right and never changes a row's result."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, config: EncoderConfig, backbone: nn.Module, width: int, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        self.width = width
+        self.tokenizer = tokenizer
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
+        self.eval().requires_grad_(False)
+
+    @classmethod
+    def load(cls, config: EncoderConfig) -> Encoder:
+        """Read backbone and tokenizer.
+
+        Raises:
+            OSError, ValueError: not a Hugging Face folder with a fast tokenizer, or it has fewer layers than asked for.
+        """
+        from transformers import AutoModel, AutoTokenizer
+
+        backbone = AutoModel.from_pretrained(config.folder, dtype=torch.float32, attn_implementation="eager")
+        if config.layers:
+            keep_first_layers(backbone, config.layers)
+        backbone.config.use_cache = False
+        fast = AutoTokenizer.from_pretrained(config.folder)
+        if not fast.is_fast:
+            raise ValueError(f"{config.folder} has no tokenizer.json: the device needs a fast tokenizer")
+        return cls(config, backbone, int(backbone.config.hidden_size), plain_tokenizer(fast.backend_tokenizer))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        states = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        pooled = pool(self.config.pooling, states, attention_mask)
+        if self.config.normalize:
+            pooled = nn.functional.normalize(pooled, dim=-1)
+        return (pooled - self.mean) * self.scale
+
+    def standardize(self, raw: Tensor) -> None:
+        """Set mean and scale from features (n, h) of a population, taken while both still are neutral: zero mean, unit variance after."""
+        spread = raw.std(dim=0, correction=0)
+        self.mean.copy_(raw.mean(dim=0))
+        # A feature that hardly varies over the population carries noise; it is not blown up to unit variance.
+        self.scale.copy_(1 / spread.clamp_min(0.05 * spread.max().clamp_min(1e-6)))
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text as the device makes them: special tokens added, truncated to max_tokens on the configured side."""
+        tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
+        tokenizer.enable_truncation(self.config.max_tokens, direction=self.config.truncation_side)
+        return [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+
+    def encode(self, texts: Sequence[str], batch_size: int = 32, on_progress: Callable[[int], None] = lambda _: None) -> Tensor:
+        """Features (n, h) of texts, in their order. Batches hold texts of about one length.
+
+        on_progress: called with the number of texts that a batch finished.
+        """
+        ids = self.tokenize(texts)
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        features = torch.empty(len(ids), self.width)
+        device = self.mean.device
+        for start in range(0, len(order), batch_size):
+            chunk = order[start : start + batch_size]
+            input_ids, mask = pad_right([ids[i] for i in chunk])
+            with torch.inference_mode():
+                rows = self(torch.from_numpy(input_ids).to(device), torch.from_numpy(mask).to(device))
+            features[chunk] = rows.cpu().clone()
+            on_progress(len(chunk))
+        return features
+
+
+def keep_first_layers(backbone: nn.Module, count: int) -> None:
+    """Drop all transformer blocks after the first `count`; embeddings and the final norm stay.
+
+    Raises:
+        ValueError: the backbone has fewer blocks, or none that can be found.
+    """
+    total = backbone.config.num_hidden_layers
+    if count > total:
+        raise ValueError(f"layers is {count}; the backbone has {total}")
+    for module in backbone.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == total:
+                setattr(module, name, child[:count])
+                backbone.config.num_hidden_layers = count
+                return
+    raise ValueError(f"no list of {total} layers was found in {type(backbone).__name__}")
+
+
+def pool(pooling: str, states: Tensor, mask: Tensor) -> Tensor:
+    """(b, t, h) states and (b, t) int64 mask, right-padded -> (b, h). A row without real tokens gives zeros under "mean"."""
+    if pooling == "cls":
+        return states[:, 0]
+    weights = mask.to(states.dtype)
+    if pooling == "last":
+        following = torch.cat((weights[:, 1:], torch.zeros_like(weights[:, :1])), dim=1)
+        weights = weights * (1 - following)
+    return (states * weights[..., None]).sum(dim=1) / weights.sum(dim=1, keepdim=True).clamp_min(1.0)
+
+
+def pad_right(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Ids, Ids]:
+    """Ids and mask, (b, t) int64; t is the longest row, at least 1."""
+    ids = np.full((len(rows), max(1, *map(len, rows))), pad, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = row, 1
+    return ids, mask
+
+
+def plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy without padding and truncation: the manifest says how inputs are cut, and nothing else does."""
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.no_padding()
+    copy.no_truncation()
+    return copy
+
+
+class NoEncoder(nn.Module):
+    """For compositions without an instance part: the instance tensor is a constant, so that the device needs no special case."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.config = EncoderConfig(folder="none", max_tokens=16, name="none")
+        self.width = 1
+        self.tokenizer = plain_tokenizer(tokenizer)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(b, t) ids and mask -> (b, 1) zeros."""
+        return 0.0 * (input_ids[:, :1] + attention_mask[:, :1]).to(torch.float32)
+
+    def encode(self, texts: Sequence[str], batch_size: int = 32, on_progress: Callable[[int], None] = lambda _: None) -> Tensor:
+        """(n, 1) zeros, one row a text."""
+        del batch_size
+        on_progress(len(texts))
+        return torch.zeros(len(texts), 1)
