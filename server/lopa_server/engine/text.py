@@ -1,0 +1,113 @@
+"""Text out of a stream of token ids: whole characters only, possible stop strings held back. Work per token is bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+PENDING_BYTES = 3
+"""A UTF-8 character has up to 4 bytes, so at most 3 of them can be waiting for the rest."""
+WINDOW = 32
+"""Tokens decoded together at most: a model that spells invalid bytes for ever must not cost more and more."""
+Decode = Callable[[Sequence[int]], str]
+
+
+class Detokenizer:
+    """Turns ids into text piece by piece; all pieces together are what decoding all ids at once gives.
+
+    A few ids before the new ones are decoded along, since a tokenizer may treat the first token of a text differently
+    (a leading space) and may spell one character with several tokens.
+    """
+
+    def __init__(self, decode: Decode) -> None:
+        self._decode = decode
+        self._ids: list[int] = []
+        self._context = 0
+        """How many of _ids were completely sent; they are decoded along as context."""
+        self._sent = 0
+        """Characters of decode(_ids) that were sent."""
+
+    def push(self, token_id: int) -> str:
+        """The characters that became certain with this token; often none or several."""
+        self._ids.append(token_id)
+        text = self._decode(self._ids)
+        pending = len(text) - len(text.rstrip(REPLACEMENT))
+        piece = text[self._sent : len(text) - min(pending, PENDING_BYTES)]
+        self._sent += len(piece)
+        if not pending:
+            self._restart(self._context)
+            self._context = len(self._ids)
+        elif len(self._ids) > WINDOW:
+            self._restart(len(self._ids) - PENDING_BYTES - 1)
+            self._context = 0
+        return piece
+
+    def finish(self) -> str:
+        """What was held back: an incomplete character is shown as U+FFFD."""
+        piece = self._decode(self._ids)[self._sent :]
+        self._sent += len(piece)
+        return piece
+
+    def _restart(self, start: int) -> None:
+        """Drop the ids before `start` from the window."""
+        held = len(self._decode(self._ids)) - self._sent
+        self._ids = self._ids[start:]
+        self._sent = max(0, len(self._decode(self._ids)) - held)
+
+
+class StopChecker:
+    """Passes text on up to the first stop string, holding back an end that may become one."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._longest = max((len(text) for text in self._stop), default=0)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, piece: str) -> str:
+        """Text that is safe to send. Sets `stopped` when a stop string appeared; it and what follows are dropped."""
+        if not self._stop:
+            return piece
+        text = self._held + piece
+        found = [index for index in (text.find(stop) for stop in self._stop) if index >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = self._possible_start(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        """What was held back, now that no stop string can follow."""
+        text, self._held = self._held, ""
+        return text
+
+    def _possible_start(self, text: str) -> int:
+        """Length of the longest end of `text` that begins a stop string."""
+        for length in range(min(len(text), self._longest - 1), 0, -1):
+            end = text[len(text) - length :]
+            if any(stop.startswith(end) for stop in self._stop):
+                return length
+        return 0
+
+
+class TextStream:
+    """A request's text: detokenizer and stop strings together."""
+
+    def __init__(self, decode: Decode, stop: Sequence[str]) -> None:
+        self._tokens = Detokenizer(decode)
+        self._stops = StopChecker(stop)
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string appeared."""
+        return self._stops.stopped
+
+    def push(self, token_id: int) -> str:
+        """Text that this token made certain."""
+        return self._stops.push(self._tokens.push(token_id))
+
+    def finish(self) -> str:
+        """The rest, at the end of the stream. May still find a stop string in it."""
+        piece = self._stops.push(self._tokens.finish())
+        return piece if self.stopped else piece + self._stops.finish()

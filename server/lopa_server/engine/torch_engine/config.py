@@ -1,0 +1,28 @@
+"""The torch engine's settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lopa_server.engine.scheduler import SchedulerLimits
+
+
+@dataclass(frozen=True)
+class TorchEngineConfig:
+    """One line a field; None means that the engine finds a value for this machine."""
+
+    fm: str
+    """Hugging Face id or folder."""
+    dtype: str | None = None
+    """"float32" or "bfloat16". Default: bfloat16 on CUDA, float32 on the CPU."""
+    device: str | None = None
+    """"cpu", "cuda", "cuda:1". Default: CUDA where there is one."""
+    threads: int | None = None
+    """CPU threads for torch. Default: torch's own choice."""
+    limits: SchedulerLimits = field(default_factory=SchedulerLimits)
+    max_waiting: int = 256
+    """Generate requests that may wait for a place in the batch."""
+    max_waiting_pairs: int = 8192
+    """Pairs of Score and PromptGradients that may wait."""
+    cache_part: float = 0.4
+    """Part of the free memory that the key-value cache may take."""

@@ -1,0 +1,151 @@
+"""TorchEngine: the `Engine` protocol over one engine thread. This file is the asyncio side; no tensor is touched here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import time
+from collections.abc import AsyncGenerator, Sequence
+
+import torch
+
+from lopa_server.engine.base import Delta, EngineSpec, EngineStats, EngineStopped, GenerateRequest, PairRequest, PairResult, QueueFull
+from lopa_server.engine.scheduler import PairKind
+from lopa_server.engine.torch_engine.config import TorchEngineConfig
+from lopa_server.engine.torch_engine.live import LiveJob, LiveStream, Mailbox
+from lopa_server.engine.torch_engine.loader import FoundationModel, load_foundation_model
+from lopa_server.engine.torch_engine.selfcheck import check_runner, positions_that_fit
+from lopa_server.engine.torch_engine.worker import Abort, Stop, Worker
+
+
+class TorchEngine:
+    """Serves one Hugging Face model. Load it, start it on a loop, and use it from that loop only."""
+
+    def __init__(self, fm: FoundationModel, config: TorchEngineConfig) -> None:
+        self._fm = fm
+        self._config = config
+        self._worker = Worker(fm, config.limits, lambda: _set_threads(config.threads))
+        self._streams: set[str] = set()
+        self._pairs_alive = 0
+        self._job_numbers = itertools.count(1)
+        self._departures: list[float] = []
+        self._stopped = False
+
+    @classmethod
+    def load(cls, config: TorchEngineConfig) -> TorchEngine:
+        """Load the model and check that it can be served exactly. Blocks; seconds to minutes.
+
+        Raises:
+            FileNotFoundError, UnsupportedModel: see `load_foundation_model` and `check_runner`.
+        """
+        _set_threads(config.threads)
+        fm = load_foundation_model(config.fm, dtype=config.dtype, device=config.device)
+        bytes_per_position = check_runner(fm)
+        fitting = positions_that_fit(fm, bytes_per_position, config.cache_part)
+        limits = dataclasses.replace(config.limits, kv_positions=min(config.limits.kv_positions, fitting))
+        return cls(fm, dataclasses.replace(config, limits=limits))
+
+    @property
+    def spec(self) -> EngineSpec:
+        return self._fm.spec
+
+    @property
+    def tokenizer(self) -> object:
+        """The FM's Hugging Face tokenizer."""
+        return self._fm.tokenizer
+
+    def start(self) -> None:
+        """Start the engine thread; its events arrive on the running loop."""
+        self._worker.start(asyncio.get_running_loop())
+
+    async def stop(self) -> None:
+        """End the thread; whoever still waits for an answer gets EngineStopped."""
+        if self._stopped:
+            return
+        self._stopped = True
+        with contextlib.suppress(EngineStopped):
+            self._worker.send(Stop())
+        await asyncio.to_thread(self._worker.join)
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+        self._check_running()
+        self._admit_stream()
+        mailbox = Mailbox()
+        self._worker.send(LiveStream(request, mailbox, self._decode_text, self.spec.end_ids))
+        self._streams.add(request.id)
+        try:
+            while True:
+                delta = await mailbox.get()
+                yield delta
+                if delta.finish is not None:
+                    return
+        finally:
+            self.abort(request.id)
+
+    async def score(self, pairs: Sequence[PairRequest]) -> list[PairResult]:
+        return await self._run_pairs(PairKind.SCORE, pairs)
+
+    async def prompt_gradients(self, pairs: Sequence[PairRequest]) -> list[PairResult]:
+        return await self._run_pairs(PairKind.GRADIENTS, pairs)
+
+    def abort(self, request_id: str) -> None:
+        if request_id in self._streams:
+            self._streams.discard(request_id)
+            self._departures = [*self._departures[-31:], time.monotonic()]
+            self._send_abort(request_id)
+
+    def stats(self) -> EngineStats:
+        return self._worker.stats()
+
+    async def _run_pairs(self, kind: PairKind, pairs: Sequence[PairRequest]) -> list[PairResult]:
+        self._check_running()
+        self._admit_pairs(len(pairs))
+        job = LiveJob(f"pairs-{next(self._job_numbers)}", kind, pairs, Mailbox())
+        self._worker.send(job)
+        self._pairs_alive += len(pairs)
+        try:
+            results = await job.mailbox.get()
+        finally:
+            self._pairs_alive -= len(pairs)
+            self._send_abort(job.id)
+        return results
+
+    def _send_abort(self, name: str) -> None:
+        """An engine that has ended has forgotten everything already."""
+        with contextlib.suppress(EngineStopped):
+            self._worker.send(Abort(name))
+
+    def _check_running(self) -> None:
+        if self._stopped:
+            raise EngineStopped("the engine was stopped")
+
+    def _admit_stream(self) -> None:
+        """Raises QueueFull when the batch and the queue in front of it are taken."""
+        waiting = len(self._streams) - self._config.limits.max_batch
+        if waiting >= self._config.max_waiting:
+            raise QueueFull("generate queue", waiting, self._config.max_waiting, self._seconds_per_departure())
+
+    def _admit_pairs(self, count: int) -> None:
+        """Raises QueueFull when these pairs would not fit. A call that finds the queue empty always fits."""
+        limit = self._config.max_waiting_pairs
+        if self._pairs_alive and self._pairs_alive + count > limit:
+            stats = self.stats()
+            rate = stats.pairs_done / max(stats.seconds.get("PairStep", 0.0), 1e-3)
+            too_many = self._pairs_alive + count - limit
+            raise QueueFull("pair queue", self._pairs_alive, limit, too_many / rate if rate else 1.0)
+
+    def _seconds_per_departure(self) -> float:
+        """How often a stream ends, lately: after so long there should be room for one more."""
+        times = self._departures
+        return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 1.0
+
+    def _decode_text(self, ids: Sequence[int]) -> str:
+        return self._fm.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _set_threads(threads: int | None) -> None:
+    """Torch keeps the number of CPU threads by calling thread, so each one that computes has to set it."""
+    if threads is not None:
+        torch.set_num_threads(threads)

@@ -1,0 +1,110 @@
+"""What the engine thread knows about one request or one call while it is being served."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from lopa_server.engine.base import Delta, EngineFailed, Finish, GenerateRequest, PairRequest, PairResult
+from lopa_server.engine.scheduler import PairKind
+from lopa_server.engine.text import Decode, TextStream
+from lopa_server.engine.torch_engine.runner import PreparedInput
+from lopa_server.engine.torch_engine.sampling import Choice, Randomness
+
+Event = Delta | list[PairResult] | Exception
+
+
+class Mailbox:
+    """Where a request's events arrive on the asyncio side. `put` is called on the loop's own thread."""
+
+    def __init__(self) -> None:
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+    def put(self, event: Event) -> None:
+        self._events.put_nowait(event)
+
+    async def get(self) -> Event:
+        """The next event; deltas that have piled up come as one.
+
+        Raises:
+            EngineError: what the engine reported instead.
+        """
+        event = await self._events.get()
+        while isinstance(event, Delta) and event.finish is None and not self._events.empty():
+            following = self._events.get_nowait()
+            if not isinstance(following, Delta):
+                raise following if isinstance(following, Exception) else EngineFailed("events of two kinds in one mailbox")
+            event = _joined(event, following)
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+
+def _joined(first: Delta, second: Delta) -> Delta:
+    return Delta(first.text + second.text, first.token_ids + second.token_ids, first.logprobs + second.logprobs, second.finish)
+
+
+class LiveStream:
+    """A generate request from its first token to its last."""
+
+    def __init__(self, request: GenerateRequest, mailbox: Mailbox, decode: Decode, end_ids: Sequence[int]) -> None:
+        self.request = request
+        self.mailbox = mailbox
+        self.randomness = Randomness(request.sampling.seed)
+        self.prepared: PreparedInput | None = None
+        """Set when the request enters the batch, so that waiting ones take no device memory."""
+        self.last_token = 0
+        self.generated = 0
+        self._text = TextStream(decode, request.sampling.stop)
+        self._end_ids = () if request.sampling.ignore_end else tuple(end_ids)
+
+    @property
+    def position(self) -> int:
+        """Where the last token stands in the sequence: that's the next one to be read."""
+        return len(self.request.input) + self.generated - 1
+
+    def accept(self, choice: Choice) -> Delta:
+        """Take a new token in; what the client is told about it."""
+        self.last_token = choice.token_id
+        self.generated += 1
+        text, finish = "", None
+        if choice.token_id in self._end_ids:
+            finish = Finish.END
+        else:
+            text = self._text.push(choice.token_id)
+            if not self._text.stopped and self.generated >= self.request.sampling.max_tokens:
+                finish = Finish.LENGTH
+        if finish is not None:
+            text += self._text.finish()
+        if self._text.stopped:
+            finish = Finish.STOP
+        logprobs = () if choice.logprobs is None else (choice.logprobs,)
+        return Delta(text, (choice.token_id,), logprobs, finish)
+
+
+@dataclasses.dataclass
+class LiveJob:
+    """A call's pairs until the last one is computed."""
+
+    id: str
+    kind: PairKind
+    pairs: Sequence[PairRequest]
+    mailbox: Mailbox
+    results: dict[int, PairResult] = dataclasses.field(default_factory=dict)
+
+    def accept(self, index: int, result: PairResult) -> list[PairResult] | None:
+        """Take one pair's result in; all results in order once they are complete.
+
+        Raises:
+            EngineFailed: the FM gave values that aren't numbers.
+        """
+        if not math.isfinite(result.nll_sum) or (result.gradient is not None and not np.isfinite(result.gradient).all()):
+            raise EngineFailed(f"pair {index} of {self.id}: loss or gradient is not finite")
+        self.results[index] = result
+        if len(self.results) < len(self.pairs):
+            return None
+        return [self.results[position] for position in range(len(self.pairs))]

@@ -1,0 +1,130 @@
+"""Loads a Hugging Face folder and gives its model the few operations that the engine needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lopa.fingerprint import fingerprint_folder
+from lopa_server.engine.base import EngineSpec
+from lopa_server.engine.torch_engine.masks import MaskMaker, UnsupportedModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class FoundationModel:
+    """A frozen causal language model in evaluation mode, ready on its device."""
+
+    model: Any
+    tokenizer: Any
+    spec: EngineSpec
+    device: torch.device
+    dtype: torch.dtype
+    masks: MaskMaker
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Input embeddings of (…) token ids: (…, d) in the compute dtype, a fresh tensor."""
+        return self.model.get_input_embeddings()(ids)
+
+    def logits_at(self, rows: torch.Tensor, positions: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """One forward pass, with logits only where they are wanted: (n, v) float32 for n (row, position) places.
+
+        The output head is the last and often the largest product. Its input is cut to the wanted places just before it,
+        which works for every architecture, whatever it does to logits afterwards.
+        """
+
+        def cut(_: Any, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            return (arguments[0][rows, positions][None], *arguments[1:])
+
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(cut)
+        try:
+            return self.model(**inputs).logits[0].float()
+        finally:
+            handle.remove()
+
+
+def resolve_folder(fm: str | Path) -> Path:
+    """The folder of a Hugging Face id or path; an id is looked up in the local cache and downloaded when missing.
+
+    Raises:
+        FileNotFoundError: neither a folder nor an id that can be fetched.
+    """
+    folder = Path(fm)
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.exists():
+        raise FileNotFoundError(f"{folder} has no config.json: it is not a Hugging Face model folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(fm), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"{fm} is neither a model folder nor a Hugging Face id that can be fetched: {error}") from error
+
+
+def load_foundation_model(fm: str | Path, *, dtype: str | None = None, device: str | None = None) -> FoundationModel:
+    """Load weights and tokenizer. Defaults: CUDA where there is one; bfloat16 on CUDA, float32 on the CPU.
+
+    Raises:
+        FileNotFoundError: no such model.
+        UnsupportedModel: its architecture doesn't fit this engine.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = resolve_folder(fm)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = dtype or ("bfloat16" if place.type == "cuda" else "float32")
+    if name not in DTYPES:
+        raise ValueError(f"dtype is {name!r}; it must be one of {', '.join(DTYPES)}")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[name], local_files_only=True)
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModel(f"{folder} holds no causal language model that transformers can load: {error}") from error
+    model = model.to(place).eval().requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModel(f"{model.config.model_type}: it has no output head of its own")
+    eager = model.config._attn_implementation == "eager"
+    masks = MaskMaker(model.config, additive=DTYPES[name] if eager else None)
+    spec = _spec(str(fm), folder, model, tokenizer, name)
+    return FoundationModel(model, tokenizer, spec, place, DTYPES[name], masks)
+
+
+def _spec(fm: str, folder: Path, model: Any, tokenizer: Any, dtype: str) -> EngineSpec:
+    embeddings = model.get_input_embeddings()
+    return EngineSpec(
+        name=Path(fm).name if Path(fm).exists() else fm,
+        fingerprint=fingerprint_folder(folder),
+        hidden_size=embeddings.embedding_dim,
+        context_length=_context_length(model.config),
+        vocab_size=embeddings.num_embeddings,
+        compute_dtype=dtype,
+        embedding_norm=_embedding_norm(embeddings),
+        end_ids=_end_ids(model, tokenizer),
+    )
+
+
+def _context_length(config: Any) -> int:
+    length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if not length:
+        raise UnsupportedModel(f"{config.model_type}: its configuration names no context length")
+    return int(length)
+
+
+@torch.inference_mode()
+def _embedding_norm(embeddings: torch.nn.Module) -> float:
+    """The largest L2 norm over the table as the model applies it (some architectures scale it), in blocks of rows."""
+    ids = torch.arange(embeddings.num_embeddings, device=embeddings.weight.device)
+    return max(float(embeddings(block).float().norm(dim=1).max()) for block in ids.split(8192))
+
+
+def _end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """End-of-sequence ids, the tokenizer's own first."""
+    configured = model.generation_config.eos_token_id
+    several = configured if isinstance(configured, list) else [configured]
+    ids = [tokenizer.eos_token_id, *several]
+    return tuple(dict.fromkeys(int(token) for token in ids if token is not None))
