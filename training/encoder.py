@@ -51,7 +51,9 @@ def pool(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     return nn.functional.normalize((states.float() * weights).sum(1) / weights.sum(1), dim=-1)
 
 
-def draw_pairs(corpus: Corpus, rng: np.random.Generator, repos: int, files: int, length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def draw_pairs(
+    corpus: Corpus, rng: np.random.Generator, repos: int, files: int, length: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Snippets 2i and 2i+1 are of one file: ids and mask, (2 * repos * files, length) int64."""
     sizes = np.array([min(len(shelf), 40) for shelf in corpus.shelves], dtype=np.float64)
     rows: list[list[int]] = []
@@ -79,9 +81,11 @@ def contrast(features: Tensor, labels: Tensor) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, default=Path("build/corpus"))
-    parser.add_argument("--fm", type=Path, default=Path("build/lopa_nano"), help="its tokenizer; its embeddings, where training has begun, are the start")
+    parser.add_argument(
+        "--fm", type=Path, default=Path("build/lopa_nano"), help="its tokenizer; its embeddings, where training has begun, are the start"
+    )
     parser.add_argument("--out", type=Path, default=Path("build/lopa_nano_encoder"))
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--repos", type=int, default=8, help="per step")
     parser.add_argument("--files", type=int, default=12, help="per repository and step")
     parser.add_argument("--length", type=int, default=80, help="tokens of a snippet at most")
@@ -122,7 +126,11 @@ def main() -> None:
             if (step + 1) % 200 == 0 or step + 1 == args.steps:
                 model.save_pretrained(args.out)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, pad_token=END, additional_special_tokens=SPECIAL_TOKENS[1:], model_max_length=min(MAX_TOKENS, CONTEXT)
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=END,
+        additional_special_tokens=SPECIAL_TOKENS[1:],
+        model_max_length=min(MAX_TOKENS, CONTEXT),
     )
     fast.save_pretrained(args.out)
 

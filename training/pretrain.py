@@ -164,7 +164,7 @@ def main() -> None:
         mean = loss.item() if mean is None else 0.95 * mean + 0.05 * loss.item()
         if step % 20 == 0:
             row = {"step": step, "loss": round(mean, 4), "rate": round(factor, 4), "seconds": round(time.monotonic() - started)}
-            print(row, file=log, flush=True)
+            print(json.dumps(row), file=log, flush=True)
             print(row, flush=True)
         if step % args.checkpoint_every == 0:
             save_checkpoint(checkpoint, model, optims, step, stable)

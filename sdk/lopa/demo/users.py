@@ -50,7 +50,7 @@ class TaskSizes:
 
     prompt_chars: int = 220
     target_chars: int = 220
-    snippet_chars: int = 180
+    snippet_chars: int = 240
     max_tuning: int = 240
     max_test: int = 48
     max_modules: int = 12

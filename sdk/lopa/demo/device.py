@@ -1,0 +1,116 @@
+"""One user's device: a process of its own, with a folder of its own, that tunes and measures.
+
+    python -m lopa.demo.device --address HOST:PORT --folder DIR --user email --task completion --task filing
+
+Speaks JSON lines on standard output: `{"event": "step", ...}` while tuning, `{"event": "done", ...}` for each task.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lopa
+from lopa.demo.users import Item, TaskData, load_task
+
+if TYPE_CHECKING:
+    from lopa.client import Client
+    from lopa.persona import Persona
+
+ANSWER_TOKENS = 24
+"""The longest filing answer that is read; the longest label has fewer."""
+VALIDATION, VALIDATE_EVERY = 0.15, 25
+"""The share of tuning items that is held back to measure on, and the steps between measurements."""
+STREAMS = 16
+"""Requests that a device keeps open at the same time while it measures accuracy."""
+
+
+def examples(items: Sequence[Item]) -> list[lopa.Example]:
+    return [lopa.Example(item.prompt, item.target, append_end=item.append_end) for item in items]
+
+
+def nll_per_token(scores: Sequence[lopa.PairScore]) -> float:
+    """Sum of NLL over sum of target tokens, in nats."""
+    return sum(score.nll_sum for score in scores) / sum(score.target_tokens for score in scores)
+
+
+def accuracy(speaker: Client | Persona, items: Sequence[Item]) -> float:
+    """The part of items whose greedy answer is the target, to the letter."""
+
+    def is_right(item: Item) -> bool:
+        return speaker.generate(item.prompt, max_tokens=ANSWER_TOKENS).text == item.target
+
+    with ThreadPoolExecutor(STREAMS) as pool:
+        return sum(pool.map(is_right, items)) / len(items)
+
+
+def plain_score(client: Client, items: Sequence[Item]) -> float:
+    """NLL per target token of the plain model."""
+    size = client.model.limits.max_pairs
+    pairs = [lopa.Pair(item.prompt, item.target, append_end=item.append_end) for item in items]
+    return nll_per_token([score for at in range(0, len(pairs), size) for score in client.score(pairs[at : at + size])])
+
+
+def personal_score(persona: Persona, items: Sequence[Item]) -> float:
+    """NLL per target token with a persona's factors."""
+    return nll_per_token(persona.score(examples(items)))
+
+
+def say(event: str, **values: Any) -> None:
+    print(json.dumps({"event": event, **values}), flush=True)
+
+
+def run_task(client: Client, folder: Path, data: TaskData, steps: int | None) -> None:
+    """Tune one persona and measure it on test items."""
+    persona = client.personal(folder, persona=data.task)
+
+    def on_step(progress: lopa.TuneProgress) -> None:
+        say("step", user=data.user, task=data.task, step=progress.step, steps=progress.steps, nll=progress.loss)
+
+    options: dict[str, Any] = {} if steps is None else {"steps": steps}
+    report = persona.tune(examples(data.tuning), validation=VALIDATION, validate_every=VALIDATE_EVERY, on_step=on_step, **options)
+    filing = data.task == "filing"
+    say(
+        "done",
+        user=data.user,
+        task=data.task,
+        base_nll=plain_score(client, data.test),
+        personal_nll=personal_score(persona, data.test),
+        base_accuracy=accuracy(client, data.test) if filing else None,
+        personal_accuracy=accuracy(persona, data.test) if filing else None,
+        chance_accuracy=1 / len(data.labels) if filing else None,
+        factor_bytes=persona.factor_bytes,
+        tune_seconds=report.seconds,
+        sent_bytes=report.sent_bytes,
+        received_bytes=report.received_bytes,
+        tuning_items=len(data.tuning),
+        test_items=len(data.test),
+        kept=report.kept,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--address", required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--user", required=True)
+    parser.add_argument("--task", action="append", required=True)
+    parser.add_argument("--steps", type=int, help="default: the bundle's")
+    args = parser.parse_args()
+    try:
+        with lopa.connect(args.address) as client:
+            for task in args.task:
+                run_task(client, args.folder, load_task(args.user, task), args.steps)
+    except lopa.LopaError as error:
+        print(f"{args.user}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

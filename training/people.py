@@ -1,0 +1,52 @@
+"""Write the population's examples: what trains the shared part of lopa-nano's bundle.
+
+    python training/people.py --corpus build/corpus --out build/population.jsonl
+
+One row per example: user, task, prompt, target, append_end. The population packages reached neither lopa-nano nor its encoder, and none of the
+held-out users is among them. Items are cut exactly as the demo cuts those of the held-out users.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+
+from lopa.demo.users import HELD_OUT, TASKS, NoSuchUser, TaskSizes, build_task
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, default=Path("build/corpus"))
+    parser.add_argument("--out", type=Path, default=Path("build/population.jsonl"))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    packages: dict[str, dict[str, str]] = defaultdict(dict)
+    for line in (args.corpus / "population.jsonl").open():
+        row = json.loads(line)
+        name = row["path"].removesuffix(".py").removeprefix(row["repo"] + "/")
+        if not name.split("/")[-1].startswith("__"):
+            packages[row["repo"]][name] = row["text"]
+    overlap = set(packages) & set(HELD_OUT)
+    if overlap:
+        raise SystemExit(f"held-out users are in the population: {', '.join(sorted(overlap))}")
+    persons, rows = 0, 0
+    with args.out.open("w") as out:
+        for user in sorted(packages):
+            for task in TASKS:
+                try:
+                    data = build_task(user, task, packages[user], TaskSizes(), args.seed)
+                except NoSuchUser as error:
+                    print(f"left out: {error}")
+                    continue
+                persons += 1
+                for item in (*data.tuning, *data.test):
+                    out.write(json.dumps({"user": user, "task": task, **asdict(item)}) + "\n")
+                    rows += 1
+    print(f"{persons} persons, {rows} examples")
+
+
+if __name__ == "__main__":
+    main()
