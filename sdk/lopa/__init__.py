@@ -1,1 +1,161 @@
-"""The device: a personal version of a frozen language model, without torch."""
+"""The device: a personal version of a frozen language model, without torch.
+
+    import lopa
+
+    with lopa.connect("localhost:50051") as client:
+        persona = client.personal("~/me")
+        persona.tune([("prompt", "target"), ...])
+        print(persona.generate("prompt").text)
+
+Names are loaded on first use, so that importing lopa costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lopa.bundle import Bundle, Manifest
+    from lopa.client import Client, connect
+    from lopa.config import ClientConfig
+    from lopa.encoder import PromptEncoder
+    from lopa.errors import (
+        BundleError,
+        Cancelled,
+        DeadlineExceeded,
+        FactorsError,
+        FingerprintMismatch,
+        FolderError,
+        InvalidRequest,
+        LocalError,
+        LopaError,
+        NotFound,
+        PermissionDenied,
+        PreconditionFailed,
+        ProtocolError,
+        RemoteError,
+        ResourceExhausted,
+        ServerError,
+        StorageError,
+        TuningError,
+        Unauthenticated,
+        Unavailable,
+    )
+    from lopa.examples import Example
+    from lopa.factors import Factors
+    from lopa.folder import Version, personas
+    from lopa.persona import Persona, open_personal
+    from lopa.retry import RetryPolicy
+    from lopa.stream import GenerationStream
+    from lopa.tuning import TuneConfig, TuneProgress, TuneReport
+    from lopa.values import (
+        Delta,
+        Generation,
+        Limits,
+        Message,
+        Model,
+        Pair,
+        PairGradient,
+        PairScore,
+        Receipt,
+        Sampling,
+        TokenLogprob,
+        TokenLogprobs,
+        Traffic,
+        Usage,
+    )
+
+_HOMES = {
+    "lopa.bundle": "Bundle Manifest",
+    "lopa.client": "Client connect",
+    "lopa.config": "ClientConfig",
+    "lopa.encoder": "PromptEncoder",
+    "lopa.errors": (
+        "BundleError Cancelled DeadlineExceeded FactorsError FingerprintMismatch FolderError "
+        "InvalidRequest LocalError LopaError NotFound PermissionDenied PreconditionFailed ProtocolError "
+        "RemoteError ResourceExhausted ServerError StorageError TuningError Unauthenticated Unavailable"
+    ),
+    "lopa.examples": "Example",
+    "lopa.factors": "Factors",
+    "lopa.folder": "Version personas",
+    "lopa.persona": "Persona open_personal",
+    "lopa.retry": "RetryPolicy",
+    "lopa.stream": "GenerationStream",
+    "lopa.tuning": "TuneConfig TuneProgress TuneReport",
+    "lopa.values": (
+        "Delta Generation Limits Message Model Pair PairGradient PairScore Receipt Sampling TokenLogprob TokenLogprobs Traffic Usage"
+    ),
+}
+_WHERE = {name: module for module, names in _HOMES.items() for name in names.split()}
+
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "Cancelled",
+    "Client",
+    "ClientConfig",
+    "DeadlineExceeded",
+    "Delta",
+    "Example",
+    "Factors",
+    "FactorsError",
+    "FingerprintMismatch",
+    "FolderError",
+    "Generation",
+    "GenerationStream",
+    "InvalidRequest",
+    "Limits",
+    "LocalError",
+    "LopaError",
+    "Manifest",
+    "Message",
+    "Model",
+    "NotFound",
+    "Pair",
+    "PairGradient",
+    "PairScore",
+    "PermissionDenied",
+    "Persona",
+    "PreconditionFailed",
+    "PromptEncoder",
+    "ProtocolError",
+    "Receipt",
+    "RemoteError",
+    "ResourceExhausted",
+    "RetryPolicy",
+    "Sampling",
+    "ServerError",
+    "StorageError",
+    "TokenLogprob",
+    "TokenLogprobs",
+    "Traffic",
+    "TuneConfig",
+    "TuneProgress",
+    "TuneReport",
+    "TuningError",
+    "Unauthenticated",
+    "Unavailable",
+    "Usage",
+    "Version",
+    "__version__",
+    "connect",
+    "open_personal",
+    "personas",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("lopa")
+    if name not in _WHERE:
+        raise AttributeError(f"module 'lopa' has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,4 +1,4 @@
-"""When to try again: exponential backoff with full jitter, bounded in attempts and time. No clock and no network in here.
+"""When to try again: exponential backoff with full jitter, bounded in attempts and time.
 
 Source: gRPC's retry policy (proposal A6) and "Exponential Backoff And Jitter" (M. Brooker, AWS Architecture Blog, 2015).
 """
@@ -6,9 +6,14 @@ Source: gRPC's retry policy (proposal A6) and "Exponential Backoff And Jitter" (
 from __future__ import annotations
 
 import random
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
-from lopa.errors import LopaError, ResourceExhausted, Unavailable
+from lopa.errors import DeadlineExceeded, LopaError, RemoteError, ResourceExhausted, Unavailable
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -43,3 +48,34 @@ class RetryPolicy:
 def is_retryable(error: LopaError) -> bool:
     """Whether the same request can succeed later: no connection, or a full queue that says when to come back."""
     return isinstance(error, Unavailable) or (isinstance(error, ResourceExhausted) and error.retry_after is not None)
+
+
+class Patience:
+    """Goes on trying through outages, for a bounded time: a server that restarts is waited for."""
+
+    def __init__(self, seconds: float, rng: random.Random, policy: RetryPolicy | None = None) -> None:
+        """seconds: how long one outage may last; 0 never waits."""
+        self._seconds = seconds
+        self._rng = rng
+        self._policy = policy or RetryPolicy()
+
+    def keep_trying(self, call: Callable[[], Result], on_wait: Callable[[RemoteError], None]) -> Result:
+        """Call until it succeeds. `on_wait` is told each failure that is waited out.
+
+        Raises:
+            RemoteError: one that waiting can't help, or the last one when patience is over.
+        """
+        began, failures = 0.0, 0
+        while True:
+            try:
+                return call()
+            except RemoteError as error:
+                failures += 1
+                began = began if failures > 1 else time.monotonic()
+                wish = error.retry_after or 0.0 if isinstance(error, ResourceExhausted) else 0.0
+                delay = wish + self._policy.backoff(failures, self._rng)
+                can_help = is_retryable(error) or isinstance(error, DeadlineExceeded)
+                if not can_help or time.monotonic() + delay - began > self._seconds:
+                    raise
+                on_wait(error)
+            time.sleep(delay)

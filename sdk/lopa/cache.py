@@ -1,0 +1,181 @@
+"""Bundles on this device: fetched once, every byte checked, shared by all processes of the user.
+
+    <cache>/bundles/<id>            a verified bundle's folder, renamed into place when complete
+    <cache>/bundles/<id>.partial    an interrupted download; it goes on where it stopped
+    <cache>/bundles/<id>.lock       held while one process downloads
+
+The cache folder is $LOPA_CACHE, else $XDG_CACHE_HOME/lopa, else ~/.cache/lopa.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from lopa.bundle import FILES, MANIFEST, Bundle, extract_archive
+from lopa.config import ClientConfig
+from lopa.errors import BundleError, FingerprintMismatch, LopaError, NotFound, ProtocolError, RemoteError, StorageError
+from lopa.files import locked, make_folder, sync_folder
+from lopa.v1 import catalog_pb2
+from lopa.values import Model
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes so far, bytes in all)."""
+MAX_ARCHIVE_BYTES = 4 << 30
+_SPARE_BYTES = 16 << 20
+_HEX_DIGITS = 64
+
+
+class BundleSource(Protocol):
+    """Who gives a bundle's bytes: a `Client`."""
+
+    @property
+    def model(self) -> Model: ...
+    @property
+    def config(self) -> ClientConfig: ...
+    def bundle_chunks(self, bundle_id: str, offset: int) -> Iterator[catalog_pb2.BundleChunk]: ...
+
+
+def cache_folder(chosen: Path | None = None) -> Path:
+    """The cache's root: the chosen one, else as the environment says."""
+    if chosen is not None:
+        return chosen.expanduser()
+    if os.environ.get("LOPA_CACHE"):
+        return Path(os.environ["LOPA_CACHE"]).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "lopa"
+
+
+def cached_bundle(bundle_id: str, chosen: Path | None = None) -> Bundle | None:
+    """A bundle that is already here, verified again; None when it is not here or was damaged."""
+    folder = cache_folder(chosen) / "bundles" / bundle_id
+    if len(bundle_id) != _HEX_DIGITS or not folder.is_dir():
+        return None
+    try:
+        bundle = Bundle.open(folder)
+    except BundleError:
+        return None  # whoever asked downloads it again, over this one
+    return bundle if bundle.manifest.id == bundle_id else None
+
+
+def fetch_bundle(source: BundleSource, *, progress: Progress | None = None) -> Bundle:
+    """The server's bundle, from the cache or downloaded into it. Safe between processes: one downloads, the others wait.
+
+    Raises:
+        NotFound: the server publishes none. BundleError: what came is not what its id says.
+        FingerprintMismatch: the bundle was made for another FM. StorageError: no space. RemoteError: the call failed.
+    """
+    model = source.model
+    if not model.bundle_id:
+        raise NotFound(f"the server of {model.name} publishes no bundle: start it with one, or give the path of one here")
+    if len(model.bundle_id) != _HEX_DIGITS or not set(model.bundle_id) <= set("0123456789abcdef"):
+        raise ProtocolError(f"the server's bundle id {model.bundle_id[:80]!r} is not 64 hex digits")
+    root = cache_folder(source.config.cache) / "bundles"
+    bundle = cached_bundle(model.bundle_id, source.config.cache)
+    if bundle is None:
+        make_folder(root)
+        wait = source.config.bundle_timeout
+        with locked(root / f"{model.bundle_id}.lock", f"another process has been downloading this bundle for {wait:.0f} s", wait=wait):
+            bundle = cached_bundle(model.bundle_id, source.config.cache) or _download(source, model, root, progress)
+    check_model(bundle, model)
+    return bundle
+
+
+def check_model(bundle: Bundle, model: Model) -> None:
+    """Refuse a bundle that was made for another foundation model.
+
+    Raises:
+        FingerprintMismatch: its fingerprint, hidden size or row count does not fit.
+    """
+    made_for = bundle.manifest.fm
+    if (made_for.fingerprint, made_for.hidden_size) != (model.fingerprint, model.hidden_size):
+        raise FingerprintMismatch(
+            f"the bundle {bundle.manifest.id[:12]} was made for {made_for.name} ({made_for.fingerprint[:12]}); "
+            f"the server hosts {model.name} ({model.fingerprint[:12]})"
+        )
+    if bundle.manifest.rows > model.limits.max_virtual_tokens:
+        raise FingerprintMismatch(
+            f"the bundle's soft prompts have {bundle.manifest.rows} rows; the server allows {model.limits.max_virtual_tokens}"
+        )
+
+
+def _download(source: BundleSource, model: Model, root: Path, progress: Progress | None) -> Bundle:
+    partial, final = root / f"{model.bundle_id}.partial", root / model.bundle_id
+    if not 0 < model.bundle_bytes <= MAX_ARCHIVE_BYTES:
+        raise ProtocolError(f"the server says that its bundle has {model.bundle_bytes} bytes; 1 to {MAX_ARCHIVE_BYTES} are accepted")
+    if partial.exists() and partial.stat().st_size > model.bundle_bytes:
+        partial.unlink()
+    here = partial.stat().st_size if partial.exists() else 0
+    _check_space(root, 2 * model.bundle_bytes - here + _SPARE_BYTES)
+    _receive(source, model, partial, progress)
+    staging = root / f".{model.bundle_id}.tmp"
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        bundle = extract_archive(partial, staging)
+        if bundle.manifest.id != model.bundle_id:
+            raise BundleError(f"the server sent bundle {bundle.manifest.id[:12]} as {model.bundle_id[:12]}")
+        _install(staging, final)
+    except BundleError:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    finally:
+        partial.unlink(missing_ok=True)  # complete: either installed, or damaged and of no use
+    return Bundle(final, bundle.manifest)
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise StorageError(f"the bundle needs {needed >> 20} MiB in {folder}, {free >> 20} MiB are free; set LOPA_CACHE to another place")
+
+
+def _install(staging: Path, final: Path) -> None:
+    """Make the files durable, then visible under the final name; a damaged folder of that name goes."""
+    try:
+        for name in (MANIFEST, *FILES):
+            with (staging / name).open("rb+") as file:
+                os.fsync(file.fileno())
+        sync_folder(staging)
+        shutil.rmtree(final, ignore_errors=True)
+        staging.rename(final)
+        sync_folder(final.parent)
+    except OSError as error:
+        raise StorageError(f"can't write {final}: {error}") from error
+
+
+def _receive(source: BundleSource, model: Model, partial: Path, progress: Progress | None) -> None:
+    """Append chunks until the archive is complete. Each interruption without any progress counts against the retry policy."""
+    failures, rng = 0, random.Random()
+    while (offset := partial.stat().st_size if partial.exists() else 0) < model.bundle_bytes:
+        try:
+            with partial.open("ab") as file:
+                _append(source.bundle_chunks(model.bundle_id, offset), file, offset, model.bundle_bytes, progress)
+            error: LopaError = ProtocolError("the server's bundle stream ended before its end")
+        except OSError as problem:
+            raise StorageError(f"can't write {partial}: {problem}") from problem
+        except RemoteError as problem:
+            error = problem
+        received = partial.stat().st_size
+        if received == model.bundle_bytes:
+            return
+        failures = 1 if received > offset else failures + 1
+        delay = source.config.retry.delay(failures, error, rng)
+        if delay is None:
+            raise error
+        time.sleep(delay)
+
+
+def _append(chunks: Iterator[catalog_pb2.BundleChunk], file: BinaryIO, offset: int, total: int, progress: Progress | None) -> None:
+    for chunk in chunks:
+        if chunk.offset != offset or chunk.total_bytes != total or offset + len(chunk.data) > total:
+            got = f"{chunk.offset} to {chunk.offset + len(chunk.data)} of {chunk.total_bytes}"
+            raise ProtocolError(f"the server sent bytes {got}; {offset} to {total} were due")
+        file.write(chunk.data)
+        offset += len(chunk.data)
+        if progress is not None:
+            progress(offset, total)

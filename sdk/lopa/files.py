@@ -1,0 +1,84 @@
+"""Files that survive a crash at any moment: written whole or not at all, and locked between processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from lopa.errors import FolderError, StorageError
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that readers, and a crash at any moment, see the old content or the new one, never a part.
+
+    Raises:
+        StorageError: the disk is full or the place can't be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise StorageError(f"can't write {path}: {error}") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable. Windows has no such call and needs none."""
+    if sys.platform == "win32":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents.
+
+    Raises:
+        StorageError: it can't be created.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"can't create {path}: {error}") from error
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a crashed `write_atomic` left in a folder. Call it with the folder's lock held."""
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, busy: str, *, wait: float = 0.0) -> Iterator[None]:
+    """Hold the lock file `path`, against other processes and other threads. The lock falls with the process that held it.
+
+    wait: seconds to wait for whoever holds it.
+
+    Raises:
+        FolderError: somebody else holds it; the message is `busy`. StorageError: the lock file can't be made.
+    """
+    lock = FileLock(path, thread_local=False)
+    try:
+        lock.acquire(timeout=wait)
+    except Timeout as error:
+        raise FolderError(busy) from error
+    except OSError as error:
+        raise StorageError(f"can't lock {path}: {error}") from error
+    try:
+        yield
+    finally:
+        lock.release()

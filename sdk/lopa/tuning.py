@@ -1,0 +1,168 @@
+"""Settings and results of a tuning run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self, TypedDict, Unpack
+
+from lopa.bundle import Manifest
+from lopa.errors import TuningError
+from lopa.values import Dtype, Placement
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+class TuneOptions(TypedDict, total=False):
+    """Keywords of `Persona.tune`; `TuneConfig` explains them."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    clip: float
+    schedule: Schedule
+    seed: int
+    validate_every: int
+    dtype: Dtype
+    gradient_dtype: Dtype
+    placement: Placement
+    microbatch: int
+    patience: float
+    fresh: bool
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """How to tune. The first five come from the bundle unless given.
+
+    Raises:
+        TuningError: a value out of range.
+    """
+
+    steps: int
+    """Optimizer steps."""
+    batch_size: int
+    """Examples a step; at most as many as there are to train on."""
+    learning_rate: float
+    """Of AdamW, at the first step."""
+    weight_decay: float
+    """Of AdamW, decoupled."""
+    clip: float
+    """Bound of the L2 norm over all personal gradients together."""
+    schedule: Schedule = "linear"
+    """"linear" and "cosine" fall to 0 after the last step."""
+    seed: int = 0
+    """Of the split and of the order."""
+    validate_every: int = 10
+    """Steps between measurements; the last step is always measured."""
+    dtype: Dtype = "F32"
+    """Of soft prompts on the wire."""
+    gradient_dtype: Dtype = "F32"
+    """Of gradients on the wire."""
+    placement: Placement = "front"
+    microbatch: int = 0
+    """Pairs in one request at most; 0 leaves it to the server's limits."""
+    patience: float = 120.0
+    """Seconds to go on trying when the server can't be reached. Not part of what a run is: a resumed run may have another."""
+    fresh: bool = False
+    """Start from the bundle's values instead of the persona's current factors."""
+
+    def __post_init__(self) -> None:
+        rules = {
+            "steps": self.steps >= 1,
+            "batch_size": self.batch_size >= 1,
+            "learning_rate": 0 < self.learning_rate < math.inf,
+            "weight_decay": 0 <= self.weight_decay < math.inf,
+            "clip": 0 < self.clip < math.inf,
+            "schedule": self.schedule in ("constant", "linear", "cosine"),
+            "validate_every": self.validate_every >= 1,
+            "microbatch": self.microbatch >= 0,
+            "patience": 0 <= self.patience < math.inf,
+        }
+        for name, holds in rules.items():
+            if not holds:
+                raise TuningError(f"{name} is {getattr(self, name)!r}, which is out of range")
+
+    @classmethod
+    def for_bundle(cls, manifest: Manifest, **options: Unpack[TuneOptions]) -> Self:
+        """The bundle's own settings, with these options on top."""
+        return cls(**{**asdict(manifest.tuning), **options})
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 1."""
+        done = (step - 1) / self.steps
+        if self.schedule == "linear":
+            return self.learning_rate * (1 - done)
+        if self.schedule == "cosine":
+            return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+        return self.learning_rate
+
+    def identity(self) -> str:
+        """Everything that a run's result depends on, as canonical JSON."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "patience"}
+        return json.dumps(fields, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class TuneProgress:
+    """Told to the callback after every step, when the step is safe on disk, and while waiting for the server."""
+
+    step: int
+    """Steps done."""
+    steps: int
+    loss: float | None
+    """Of the last step: nats per target token, before its update."""
+    validation_nll: float | None
+    """Last measured, nats per target token."""
+    start_nll: float
+    """The same before tuning."""
+    waiting: str = ""
+    """Why the run waits for the server; empty while it moves."""
+
+
+@dataclass(frozen=True)
+class TuneReport:
+    """What a run did. NLL is in nats per target token on the validation examples."""
+
+    kept: bool
+    """Whether the persona has new factors now. False: nothing changed, because nothing better was found."""
+    version: int
+    """The persona's current version."""
+    outcome: Literal["finished", "diverged"]
+    """"diverged": the soft prompt left the range that the server allows; the best factors before that count."""
+    start_nll: float
+    """Of the factors that the persona had before."""
+    best_nll: float
+    """The lowest that was measured, factors rounded as they rest on disk; of the start if no step was better."""
+    end_nll: float
+    """Of the factors that the persona has now."""
+    best_step: int
+    """0 when no step was better than the start."""
+    steps: int
+    """Steps done."""
+    resumed_from: int
+    """Steps that an earlier, interrupted call had done."""
+    losses: tuple[float, ...]
+    """A step each: nats per target token of its batch, before its update."""
+    gradient_norms: tuple[float, ...]
+    """A step each: L2 norm over all personal gradients together, before clipping."""
+    validation: tuple[tuple[int, float], ...]
+    """(steps done, NLL)."""
+    training_examples: int
+    validation_examples: int
+    seconds: float
+    """Of all calls that the run took."""
+    sent_bytes: int
+    received_bytes: int
+    factor_bytes: int
+    """The current factors file."""
+
+    def to_json(self) -> str:
+        """One JSON object, a field each."""
+        return json.dumps(asdict(self), indent=1)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
