@@ -1,0 +1,64 @@
+"""What the commands print: results to standard output, progress and errors to standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from lopa.tuning import TuneProgress
+
+
+def fail(message: str, code: int = 1) -> NoReturn:
+    """Print one line and exit."""
+    print(f"lopa: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def usage_error(message: str) -> NoReturn:
+    """Exit as typer does for wrong usage."""
+    raise typer.BadParameter(message)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document; dataclasses become objects."""
+    print(json.dumps(value, indent=1, default=asdict, ensure_ascii=False))
+
+
+@contextlib.contextmanager
+def download_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar in bytes that appears with the first report, and only in a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
+
+
+@contextlib.contextmanager
+def tuning_bar() -> Iterator[Callable[[TuneProgress], None]]:
+    """A progress bar over optimizer steps with the losses beside it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("tuning"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("encoding the prompts", total=None)
+
+        def show(now: TuneProgress) -> None:
+            parts = [f"loss {now.loss:.3f}"] if now.loss is not None else []
+            if now.validation_nll is not None:
+                parts.append(f"validation {now.validation_nll:.3f} (before: {now.start_nll:.3f})")
+            if now.waiting:
+                parts = [f"waiting for the server: {now.waiting}"]
+            bar.update(task, completed=now.step, total=now.steps, description=", ".join(parts))
+
+        yield show
