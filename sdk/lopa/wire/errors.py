@@ -36,6 +36,7 @@ class Reason(Enum):
     FINGERPRINT_MISMATCH = "FINGERPRINT_MISMATCH"
     UNKNOWN_BUNDLE = "UNKNOWN_BUNDLE"
     QUEUE_FULL = "QUEUE_FULL"
+    STARTING = "STARTING"
     DRAINING = "DRAINING"
     MESSAGE_TOO_LARGE = "MESSAGE_TOO_LARGE"
     INTERNAL = "INTERNAL"
@@ -72,6 +73,7 @@ CATALOGUE: Mapping[Reason, Entry] = {
     ),
     Reason.UNKNOWN_BUNDLE: Entry(grpc.StatusCode.NOT_FOUND, "{field} {found} is not published here; the current bundle is {limit}"),
     Reason.QUEUE_FULL: Entry(grpc.StatusCode.RESOURCE_EXHAUSTED, "{field} is full: {found} waiting, the limit is {limit}; try again later"),
+    Reason.STARTING: Entry(grpc.StatusCode.UNAVAILABLE, "the server is still loading its model; try again"),
     Reason.DRAINING: Entry(
         grpc.StatusCode.UNAVAILABLE, "the server is shutting down; try again, another replica or a restarted one will answer"
     ),

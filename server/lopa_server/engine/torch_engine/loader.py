@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from lopa.fingerprint import fingerprint_folder
+
 from lopa_server.engine.base import EngineSpec
 from lopa_server.engine.torch_engine.masks import MaskMaker, UnsupportedModel
 

@@ -84,7 +84,9 @@ def _draw_truncated(logits: torch.Tensor, params: Sequence[SamplingParams], unif
     return order.gather(1, _inverse(weights, uniform))[:, 0].tolist()
 
 
-def _logprobs(logits: torch.Tensor, chosen: Sequence[int], params: Sequence[SamplingParams], finite: Sequence[bool]) -> dict[int, TokenLogprobs]:
+def _logprobs(
+    logits: torch.Tensor, chosen: Sequence[int], params: Sequence[SamplingParams], finite: Sequence[bool]
+) -> dict[int, TokenLogprobs]:
     """Of the rows that asked for them, under the FM's own distribution."""
     rows = [row for row, param in enumerate(params) if param.logprobs is not None and finite[row]]
     if not rows:

@@ -39,7 +39,9 @@ def check_runner(fm: FoundationModel) -> int:
         difference = float((mine - plain).abs().max()) / spread
         if not difference <= TOLERANCE[fm.dtype]:
             kind = fm.model.config.model_type
-            raise UnsupportedModel(f"{kind}: in a batch its logits differ from transformers' own by {difference:.2g} of their spread (row {row})")
+            raise UnsupportedModel(
+                f"{kind}: in a batch its logits differ from transformers' own by {difference:.2g} of their spread (row {row})"
+            )
     return bytes_per_position
 
 

@@ -1,0 +1,247 @@
+"""The server as a whole: loads the model, binds the port, warms up, serves, drains.
+
+with start_server(ServerConfig(fm=folder, bundle=bundle_folder)) as server:
+    lopa.connect(server.address)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import logging
+import os
+import tempfile
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from lopa.bundle import Bundle, BundleError
+from lopa.v1 import catalog_pb2_grpc, inference_pb2_grpc, tuning_pb2_grpc
+
+from lopa_server.config import ConfigError, ServerConfig
+from lopa_server.engine.base import EngineSpec
+from lopa_server.service.catalog import CatalogHandler, PublishedBundle, model_revision
+from lopa_server.service.gate import Gate, State
+from lopa_server.service.handlers import RequestHandlers
+from lopa_server.service.servicers import NAMES, CatalogServicer, Handlers, InferenceServicer, TuningServicer
+from lopa_server.tokenizing import PromptTokenizer
+from lopa_server.validation.requests import RequestChecker
+
+__all__ = ["ConfigError", "RunningServer", "ServerApp", "ServerConfig", "start_server"]
+
+log = logging.getLogger(__name__)
+
+ABORT_SECONDS = 1.0
+"""After the drain bound: time for the last error statuses to reach their clients."""
+
+
+class ServerApp:
+    """One server's life: `start`, `drain`. Both on the same asyncio loop."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        """Raises ConfigError for settings that can't work."""
+        config.check()
+        self._config = config
+        self.address = ""
+        """host:port, once started."""
+        self.engine: Any = None
+        """The running engine, once started."""
+        self._gate: Gate | None = None
+        self._health = health.aio.HealthServicer()
+        self._handlers = Handlers()
+        self._server: grpc.aio.Server | None = None
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+
+    async def start(self) -> None:
+        """Bind the port (NOT_SERVING), load, warm up, then serve.
+
+        Raises:
+            ConfigError: the port is taken, or model and bundle don't fit.
+            FileNotFoundError, UnsupportedModel: the model can't be loaded or served exactly.
+        """
+        try:
+            await self._bind()
+            await self._load()
+        except BaseException:
+            await self._close()
+            raise
+        self._state(State.SERVING)
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        if self._config.ready_file is not None:
+            await asyncio.to_thread(_write_atomically, self._config.ready_file, self.address)
+
+    async def drain(self, seconds: float | None = None) -> None:
+        """Refuse new calls, let running ones finish for so long at most (default: the configured bound), then end."""
+        self._state(State.DRAINING)
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        bound = self._config.drain_seconds if seconds is None else seconds
+        if self._gate is not None and not await self._gate.wait_empty(bound):
+            log.warning("calls still running after %.1f s are ended", bound)
+        await self._close()
+
+    async def _bind(self) -> None:
+        self._gate = Gate(self._config.limits.max_message_bytes)
+        server = grpc.aio.server(options=_channel_options(self._config.limits.max_message_bytes))
+        catalog_pb2_grpc.add_CatalogServicer_to_server(CatalogServicer(self._gate, self._handlers), server)
+        inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(self._gate, self._handlers), server)
+        tuning_pb2_grpc.add_TuningServicer_to_server(TuningServicer(self._gate, self._handlers), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((*NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        host = self._config.host
+        try:
+            port = server.add_insecure_port(f"{host}:{self._config.port}")
+        except RuntimeError as error:
+            raise ConfigError(f"can't listen on {host}:{self._config.port}: {error}") from error
+        self.address = f"{host}:{port}"
+        await server.start()
+        self._server = server
+
+    async def _load(self) -> None:
+        bundle = await asyncio.to_thread(_open_bundle, self._config)
+        from lopa_server.warmup import load_engine, warm_up
+
+        engine = await asyncio.to_thread(load_engine, self._config)
+        engine.start()
+        self.engine = engine
+        published = None
+        if bundle is not None:
+            _check_bundle(bundle, engine.spec, self._config)
+            self._temporary = tempfile.TemporaryDirectory(prefix="lopa-bundle-")
+            published = await asyncio.to_thread(PublishedBundle.build, bundle, Path(self._temporary.name))
+        tokenizer = PromptTokenizer(engine.tokenizer)
+        checker = RequestChecker(engine.spec, self._config.limits, tokenizer)
+        version = importlib.metadata.version("lopa")
+        self._handlers.catalog = CatalogHandler(
+            engine.spec, self._config.limits, checker.max_row_norm, tokenizer.has_chat, version, published
+        )
+        self._handlers.requests = RequestHandlers(engine, checker, model_revision(engine.spec, version))
+        await warm_up(engine)
+
+    async def _close(self) -> None:
+        if self.engine is not None:
+            await self.engine.stop()
+        if self._server is not None:
+            await self._server.stop(ABORT_SECONDS)
+            self._server = None
+        if hasattr(self._handlers, "requests"):
+            self._handlers.requests.close()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+            self._temporary = None
+        if self._config.ready_file is not None:
+            self._config.ready_file.unlink(missing_ok=True)
+
+    def _state(self, state: State) -> None:
+        if self._gate is not None:
+            self._gate.state = state
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for name in ("", *NAMES):
+            await self._health.set(name, status)
+
+
+class RunningServer:
+    """A server in a thread of this process, with a loop of its own. Made by `start_server`; a context manager."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.app = ServerApp(config)
+        self._started = threading.Event()
+        self._failure: BaseException | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+        self._drain_seconds: float | None = None
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="lopa-server", daemon=True)
+
+    @property
+    def address(self) -> str:
+        """host:port."""
+        return self.app.address
+
+    def start(self) -> None:
+        """Returns once the server is SERVING; raises what kept it from that."""
+        self._thread.start()
+        self._started.wait()
+        if self._failure is not None:
+            self._thread.join()
+            raise self._failure
+
+    def stop(self, drain_seconds: float | None = 0.0) -> None:
+        """Drain (None: for as long as configured) and wait for the end. Harmless when it has ended already."""
+        if self._loop is not None and self._stop is not None and self._thread.is_alive():
+            self._drain_seconds = drain_seconds
+            self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    async def _serve(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        try:
+            await self.app.start()
+        except BaseException as error:
+            self._failure = error
+            return
+        finally:
+            self._started.set()
+        await self._stop.wait()
+        await self.app.drain(self._drain_seconds)
+
+    def __enter__(self) -> RunningServer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+
+def start_server(config: ServerConfig) -> RunningServer:
+    """Start a server in this process and wait until it is SERVING.
+
+    Raises:
+        ConfigError, FileNotFoundError, UnsupportedModel: see `ServerApp.start`.
+    """
+    server = RunningServer(config)
+    server.start()
+    return server
+
+
+def _channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
+    """gRPC refuses what is far too large before reading it; our own check, with its typed error, comes a little earlier."""
+    return [
+        ("grpc.max_receive_message_length", max_message_bytes + (1 << 20)),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.so_reuseport", 0),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ]
+
+
+def _open_bundle(config: ServerConfig) -> Bundle | None:
+    if config.bundle is None:
+        return None
+    try:
+        return Bundle.open(config.bundle)
+    except BundleError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _check_bundle(bundle: Bundle, spec: EngineSpec, config: ServerConfig) -> None:
+    """Raises ConfigError for a bundle that was made for another model, or asks for more rows than are allowed."""
+    fm = bundle.manifest.fm
+    if fm.fingerprint != spec.fingerprint:
+        raise ConfigError(
+            f"the bundle {bundle.folder} was made for {fm.name} ({fm.fingerprint[:16]}…), but {config.fm} is {spec.fingerprint[:16]}…: "
+            "serve the model that it was made for, or export a bundle for this one"
+        )
+    if bundle.manifest.rows > config.limits.max_virtual_tokens:
+        raise ConfigError(
+            f"the bundle's soft prompts have {bundle.manifest.rows} rows; max_virtual_tokens is {config.limits.max_virtual_tokens}: raise it"
+        )
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,77 @@
+"""The server's settings. Nothing here imports torch, so that a command line can show its help without it."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lopa_server.limits import ServiceLimits
+
+
+class ConfigError(ValueError):
+    """Settings that don't fit together, or don't fit this machine or model. The message says what to do."""
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """One line a field."""
+
+    fm: str | Path
+    """Hugging Face id or folder of the foundation model."""
+    bundle: str | Path | None = None
+    """Folder of the bundle to publish; None publishes none."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Anything but a loopback address needs insecure_listen."""
+    port: int = 0
+    """0: any free port."""
+    insecure_listen: bool = False
+    """Listen beyond this machine although nothing is encrypted and nobody is authenticated."""
+    dtype: str | None = None
+    """"float32" or "bfloat16"; None: bfloat16 on CUDA, float32 on the CPU."""
+    device: str | None = None
+    """"cpu", "cuda", "cuda:1"; None: CUDA where there is one."""
+    threads: int | None = None
+    """CPU threads for torch; None: torch's own choice."""
+    max_batch: int = 32
+    """Generate requests in the batch at the same time."""
+    max_waiting: int = 256
+    """Generate requests waiting for a place in it."""
+    max_waiting_pairs: int = 8192
+    """Pairs waiting to be scored or differentiated."""
+    step_positions: int = 2048
+    """Positions in one prefill step or one micro-batch of pairs: more is faster, less lets others in sooner."""
+    limits: ServiceLimits = field(default_factory=ServiceLimits)
+    drain_seconds: float = 30.0
+    """How long running calls may take to finish after SIGTERM."""
+    ready_file: Path | None = None
+    """Written with "host:port" once the server is SERVING."""
+
+    def check(self) -> None:
+        """Raises ConfigError for values that can't work."""
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port is {self.port}; it must be from 0 to 65535")
+        for name in ("max_batch", "max_waiting", "max_waiting_pairs", "step_positions"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads is {self.threads}; it must be at least 1")
+        if self.drain_seconds < 0:
+            raise ConfigError(f"drain_seconds is {self.drain_seconds}; it can't be negative")
+        if self.limits.max_virtual_tokens < 1:
+            raise ConfigError(f"max_virtual_tokens is {self.limits.max_virtual_tokens}; it must be at least 1")
+        if not self.insecure_listen and not is_loopback(self.host):
+            raise ConfigError(
+                f"{self.host} is reachable from other machines, and this server neither encrypts nor authenticates: "
+                "use 127.0.0.1, or allow it with insecure_listen (--insecure-listen) behind something that does"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Only this machine can reach the address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,29 @@
+"""Bounds on what a client may ask for. A request beyond one is refused before anything is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ServiceLimits:
+    """One line a field. What lopa.v1.Limits publishes comes from here."""
+
+    max_virtual_tokens: int = 64
+    """m at most: rows of a soft prompt."""
+    max_message_bytes: int = 32 << 20
+    """A whole request message, in bytes."""
+    max_pairs: int = 512
+    """Pairs in one Score or PromptGradients request."""
+    max_new_tokens: int = 4096
+    """Sampling.max_tokens at most."""
+    default_new_tokens: int = 128
+    """Tokens generated when max_tokens is 0, if they fit the context."""
+    max_stop_strings: int = 8
+    max_stop_bytes: int = 128
+    """Of one stop string, in UTF-8."""
+    max_logprobs: int = 20
+    """Alternatives per token."""
+    max_temperature: float = 10.0
+    row_norm_multiple: float = 4.0
+    """A soft-prompt row's L2 norm at most, as a multiple of the largest norm in the FM's embedding table."""

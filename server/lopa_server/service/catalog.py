@@ -1,0 +1,116 @@
+"""What this server offers, and its bundle in pieces."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lopa.bundle import Bundle
+from lopa.v1 import catalog_pb2
+from lopa.wire.errors import Reason, WireError
+
+from lopa_server.engine.base import EngineSpec
+from lopa_server.limits import ServiceLimits
+from lopa_server.validation.softprompts import DTYPES
+
+CHUNK_BYTES = 256 << 10
+
+
+@dataclass(frozen=True)
+class PublishedBundle:
+    """A bundle's archive on this machine, ready to be sent."""
+
+    id: str
+    path: Path
+    size: int
+
+    @classmethod
+    def build(cls, bundle: Bundle, folder: Path) -> PublishedBundle:
+        """Write the archive into `folder`."""
+        path = folder / f"{bundle.manifest.id}.zip"
+        bundle.write_archive(path)
+        return cls(bundle.manifest.id, path, path.stat().st_size)
+
+
+def model_revision(spec: EngineSpec, version: str) -> str:
+    """What receipts repeat: everything that a reply's numbers depend on, in one string."""
+    return f"{spec.fingerprint}/{spec.compute_dtype}/lopa-{version}"
+
+
+@dataclass(frozen=True)
+class CatalogHandler:
+    """Answers about the server itself. It never touches the engine."""
+
+    spec: EngineSpec
+    limits: ServiceLimits
+    max_row_norm: float
+    has_chat: bool
+    version: str
+    bundle: PublishedBundle | None
+
+    def model_info(self) -> catalog_pb2.ModelInfo:
+        """GetModel's answer."""
+        spec, limits = self.spec, self.limits
+        return catalog_pb2.ModelInfo(
+            name=spec.name,
+            fingerprint=spec.fingerprint,
+            revision=model_revision(spec, self.version),
+            hidden_size=spec.hidden_size,
+            context_length=spec.context_length,
+            vocab_size=spec.vocab_size,
+            limits=catalog_pb2.Limits(
+                max_virtual_tokens=limits.max_virtual_tokens,
+                max_message_bytes=limits.max_message_bytes,
+                max_pairs=limits.max_pairs,
+                max_new_tokens=limits.max_new_tokens,
+                max_stop_strings=limits.max_stop_strings,
+                max_stop_bytes=limits.max_stop_bytes,
+                max_logprobs=limits.max_logprobs,
+                max_row_norm=self.max_row_norm,
+            ),
+            soft_prompt_dtypes=DTYPES,
+            features=self._features(),
+            bundle_id=self.bundle.id if self.bundle else "",
+            bundle_bytes=self.bundle.size if self.bundle else 0,
+            server_version=self.version,
+        )
+
+    def _features(self) -> list[catalog_pb2.Feature]:
+        features = [
+            catalog_pb2.FEATURE_GENERATE,
+            catalog_pb2.FEATURE_SCORE,
+            catalog_pb2.FEATURE_PROMPT_GRADIENTS,
+            catalog_pb2.FEATURE_LOGPROBS,
+        ]
+        if self.has_chat:
+            features.append(catalog_pb2.FEATURE_CHAT)
+        if self.bundle:
+            features.append(catalog_pb2.FEATURE_BUNDLE)
+        return features
+
+    async def bundle_chunks(self, request: catalog_pb2.FetchBundleRequest) -> AsyncGenerator[catalog_pb2.BundleChunk, None]:
+        """The archive from the offset on; an offset at its end gives one empty chunk.
+
+        Raises:
+            WireError: UNKNOWN_BUNDLE, BUNDLE_OFFSET.
+        """
+        bundle = self.bundle
+        if bundle is None or request.bundle_id != bundle.id:
+            raise WireError(Reason.UNKNOWN_BUNDLE, "bundle_id", limit=bundle.id if bundle else "none", found=request.bundle_id)
+        if request.offset > bundle.size:
+            raise WireError(Reason.BUNDLE_OFFSET, "offset", limit=bundle.size, found=request.offset)
+        position = request.offset
+        while True:
+            data = await asyncio.to_thread(_read, bundle.path, position)
+            yield catalog_pb2.BundleChunk(offset=position, data=data, total_bytes=bundle.size)
+            position += len(data)
+            if position >= bundle.size:
+                return
+
+
+def _read(path: Path, position: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(position)
+        return file.read(CHUNK_BYTES)

@@ -1,0 +1,127 @@
+"""From a request message to the engine and back. Knows protobuf and the engine, no gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncGenerator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from lopa.v1 import common_pb2 as pb
+from lopa.v1 import inference_pb2, tuning_pb2
+from lopa.wire.tensors import encode_rows
+
+from lopa_server.engine.base import Delta, Engine, Finish, GenerateRequest, PairResult, TokenLogprobs
+from lopa_server.validation.requests import Applied, CheckedGenerate, CheckedPair, RequestChecker
+
+Request = TypeVar("Request")
+Checked = TypeVar("Checked")
+
+FINISH = {
+    Finish.END: inference_pb2.FINISH_REASON_END,
+    Finish.STOP: inference_pb2.FINISH_REASON_STOP,
+    Finish.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
+}
+
+
+class RequestHandlers:
+    """Generate, Score and PromptGradients over any engine."""
+
+    def __init__(self, engine: Engine, checker: RequestChecker, revision: str) -> None:
+        """revision: ModelInfo.revision, for the receipts."""
+        self._engine = engine
+        self._checker = checker
+        self._revision = revision
+        self._numbers = itertools.count(1)
+        self._checking = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lopa-validation")
+
+    def close(self) -> None:
+        """End the validation thread."""
+        self._checking.shutdown()
+
+    async def _check(self, check: Callable[[Request], Checked], request: Request) -> Checked:
+        """Validate beside the loop: tokenizing a long text must not delay other calls' streams or health checks."""
+        return await asyncio.get_running_loop().run_in_executor(self._checking, check, request)
+
+    async def generate(self, request: inference_pb2.GenerateRequest) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+        """The stream of deltas; usage and receipt in the last one."""
+        checked = await self._check(self._checker.generate, request)
+        work = GenerateRequest(f"generate-{next(self._numbers)}", checked.input, checked.sampling)
+        generated = 0
+        async with contextlib.aclosing(self._engine.generate(work)) as deltas:
+            async for delta in deltas:
+                generated += len(delta.token_ids)
+                response = _delta_message(delta)
+                if delta.finish is not None:
+                    self._complete(response, checked, generated)
+                yield response
+
+    async def score(self, request: inference_pb2.ScoreRequest) -> inference_pb2.ScoreResponse:
+        """Likelihoods in the order of the request."""
+        checked = await self._check(self._checker.score, request)
+        results = await self._engine.score([pair.pair for pair in checked])
+        response = inference_pb2.ScoreResponse()
+        for result, pair in zip(results, checked, strict=True):
+            response.scores.append(
+                inference_pb2.PairScore(nll_sum=result.nll_sum, target_tokens=result.target_tokens, receipt=self._receipt(pair.applied))
+            )
+        return response
+
+    async def prompt_gradients(self, request: tuning_pb2.PromptGradientsRequest) -> tuning_pb2.PromptGradientsResponse:
+        """Likelihoods and gradients in the order of the request."""
+        checked = await self._check(self._checker.gradients, request)
+        results = await self._engine.prompt_gradients([pair.pair for pair in checked.pairs])
+        messages = await self._check(lambda pairs: self._gradient_messages(pairs, results, checked.dtype), checked.pairs)
+        return tuning_pb2.PromptGradientsResponse(gradients=messages)
+
+    def _gradient_messages(
+        self, pairs: Iterable[CheckedPair], results: Iterable[PairResult], dtype: pb.DType
+    ) -> list[tuning_pb2.PairGradient]:
+        return [
+            tuning_pb2.PairGradient(
+                nll_sum=result.nll_sum,
+                target_tokens=result.target_tokens,
+                gradient=_gradient_message(result, dtype),
+                receipt=self._receipt(pair.applied),
+            )
+            for result, pair in zip(results, pairs, strict=True)
+        ]
+
+    def _complete(self, response: inference_pb2.GenerateResponse, checked: CheckedGenerate, generated: int) -> None:
+        """What only the last message carries."""
+        usage = pb.Usage(prompt_tokens=checked.input.tokens, virtual_tokens=checked.input.rows, completion_tokens=generated)
+        response.usage.CopyFrom(usage)
+        receipt = self._receipt(checked.applied)
+        if receipt is not None:
+            response.receipt.CopyFrom(receipt)
+
+    def _receipt(self, applied: Applied | None) -> pb.Receipt | None:
+        if applied is None:
+            return None
+        return pb.Receipt(soft_prompt_sha256=applied.digest, rows=applied.rows, offset=applied.offset, model_revision=self._revision)
+
+
+def _delta_message(delta: Delta) -> inference_pb2.GenerateResponse:
+    return inference_pb2.GenerateResponse(
+        text=delta.text,
+        token_ids=delta.token_ids,
+        logprobs=[_logprobs_message(entry) for entry in delta.logprobs],
+        finish_reason=FINISH[delta.finish] if delta.finish else inference_pb2.FINISH_REASON_UNSPECIFIED,
+    )
+
+
+def _logprobs_message(entry: TokenLogprobs) -> inference_pb2.TokenLogprobs:
+    chosen, *others = (
+        inference_pb2.TokenLogprob(token_id=one.token_id, logprob=one.logprob) for one in (entry.chosen, *entry.alternatives)
+    )
+    return inference_pb2.TokenLogprobs(chosen=chosen, alternatives=others)
+
+
+def _gradient_message(result: PairResult, dtype: pb.DType) -> pb.SoftPromptGradient:
+    if result.gradient is None:
+        raise TypeError("the engine gave no gradient for a pair that asked for one")
+    data, scales = encode_rows(result.gradient, dtype)
+    rows, hidden = result.gradient.shape
+    return pb.SoftPromptGradient(rows=rows, hidden=hidden, dtype=dtype, data=data, scales=scales)

@@ -1,0 +1,66 @@
+"""The servicers: every method passes the gate and hands over to a handler.
+
+Streams are written with `context.write`, not yielded: a client that goes away then interrupts us inside the `async with`,
+and everything the call held is given back at once instead of when a generator is collected.
+"""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from typing import Any
+
+from lopa.v1 import catalog_pb2, catalog_pb2_grpc, inference_pb2, inference_pb2_grpc, tuning_pb2, tuning_pb2_grpc
+
+from lopa_server.service.catalog import CatalogHandler
+from lopa_server.service.gate import Gate
+from lopa_server.service.handlers import RequestHandlers
+
+NAMES = tuple(
+    module.DESCRIPTOR.services_by_name[name].full_name
+    for module, name in ((catalog_pb2, "Catalog"), (inference_pb2, "Inference"), (tuning_pb2, "Tuning"))
+)
+"""Full names of our services, for health and reflection."""
+
+
+class Handlers:
+    """What answers; empty while the model is loading. The gate keeps calls out until then."""
+
+    catalog: CatalogHandler
+    requests: RequestHandlers
+
+
+class CatalogServicer(catalog_pb2_grpc.CatalogServicer):
+    def __init__(self, gate: Gate, handlers: Handlers) -> None:
+        self._gate, self._handlers = gate, handlers
+
+    async def GetModel(self, request: catalog_pb2.GetModelRequest, context: Any) -> catalog_pb2.ModelInfo:
+        async with self._gate.call(request, context):
+            return self._handlers.catalog.model_info()
+
+    async def FetchBundle(self, request: catalog_pb2.FetchBundleRequest, context: Any) -> None:
+        async with self._gate.call(request, context), aclosing(self._handlers.catalog.bundle_chunks(request)) as chunks:
+            async for chunk in chunks:
+                await context.write(chunk)
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServicer):
+    def __init__(self, gate: Gate, handlers: Handlers) -> None:
+        self._gate, self._handlers = gate, handlers
+
+    async def Generate(self, request: inference_pb2.GenerateRequest, context: Any) -> None:
+        async with self._gate.call(request, context), aclosing(self._handlers.requests.generate(request)) as responses:
+            async for response in responses:
+                await context.write(response)
+
+    async def Score(self, request: inference_pb2.ScoreRequest, context: Any) -> inference_pb2.ScoreResponse:
+        async with self._gate.call(request, context):
+            return await self._handlers.requests.score(request)
+
+
+class TuningServicer(tuning_pb2_grpc.TuningServicer):
+    def __init__(self, gate: Gate, handlers: Handlers) -> None:
+        self._gate, self._handlers = gate, handlers
+
+    async def PromptGradients(self, request: tuning_pb2.PromptGradientsRequest, context: Any) -> tuning_pb2.PromptGradientsResponse:
+        async with self._gate.call(request, context):
+            return await self._handlers.requests.prompt_gradients(request)

@@ -1,0 +1,50 @@
+"""From exceptions to google.rpc.Status: the one place where a failure gets its public face."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2, status_pb2
+from lopa.wire.errors import DOMAIN, Reason, WireError
+
+from lopa_server.engine.base import EngineStopped, QueueFull
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = {Reason.STARTING: 5.0, Reason.DRAINING: 1.0}
+"""Where no queue tells how long it takes: a replica comes back in about so long."""
+LONGEST_RETRY, SHORTEST_RETRY = 60.0, 0.05
+
+
+def status_for(error: Exception) -> status_pb2.Status:
+    """The status that a client sees. What isn't in the catalogue is logged under a request id, and only the id goes out."""
+    if isinstance(error, WireError):
+        return _status(error, RETRY_SECONDS.get(error.reason))
+    if isinstance(error, QueueFull):
+        full = WireError(Reason.QUEUE_FULL, error.queue, limit=error.limit, found=error.waiting)
+        return _status(full, min(LONGEST_RETRY, max(SHORTEST_RETRY, error.retry_after)))
+    if isinstance(error, EngineStopped):
+        return _status(WireError(Reason.DRAINING), RETRY_SECONDS[Reason.DRAINING])
+    request_id = secrets.token_hex(8)
+    log.error("request %s failed", request_id, exc_info=error)
+    return _status(WireError(Reason.INTERNAL, found=request_id), None)
+
+
+def _status(error: WireError, retry_seconds: float | None) -> status_pb2.Status:
+    code: int = error.status.value[0]
+    status = status_pb2.Status(code=code, message=str(error))
+    metadata = {"field": error.field, "limit": error.limit, "found": error.found}
+    info = error_details_pb2.ErrorInfo(
+        reason=error.reason.value, domain=DOMAIN, metadata={key: value for key, value in metadata.items() if value}
+    )
+    status.details.add().Pack(info)
+    if error.status.name == "INVALID_ARGUMENT":
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=str(error), reason=error.reason.value)
+        status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    if retry_seconds is not None:
+        delay = Duration()
+        delay.FromNanoseconds(int(retry_seconds * 1e9))
+        status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+    return status

@@ -1,0 +1,49 @@
+"""Builds the engine that a configuration asks for, and makes it compute everything once before anybody is served."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lopa_server.config import ServerConfig
+from lopa_server.engine.base import Engine, GenerateRequest, InputSequence, PairRequest, SamplingParams
+from lopa_server.engine.scheduler import SchedulerLimits
+
+if TYPE_CHECKING:
+    from lopa_server.engine.torch_engine.engine import TorchEngine
+
+
+def load_engine(config: ServerConfig) -> TorchEngine:
+    """Load the model. Blocks; imports torch."""
+    from lopa_server.engine.torch_engine.config import TorchEngineConfig
+    from lopa_server.engine.torch_engine.engine import TorchEngine
+
+    limits = SchedulerLimits(max_batch=config.max_batch, prefill_positions=config.step_positions, pair_positions=config.step_positions)
+    return TorchEngine.load(
+        TorchEngineConfig(
+            fm=str(config.fm),
+            dtype=config.dtype,
+            device=config.device,
+            threads=config.threads,
+            limits=limits,
+            max_waiting=config.max_waiting,
+            max_waiting_pairs=config.max_waiting_pairs,
+        )
+    )
+
+
+async def warm_up(engine: Engine) -> None:
+    """A real stream, a score and a gradient, with a soft prompt of one neutral row: whatever can fail, fails now.
+
+    Raises:
+        EngineError: what a client would have got.
+    """
+    soft = np.zeros((1, engine.spec.hidden_size), dtype=np.float32)
+    sequence = InputSequence((), soft, (0, 1))
+    sampling = SamplingParams(max_tokens=2, ignore_end=True, logprobs=1)
+    async for _ in engine.generate(GenerateRequest("warm-up", sequence, sampling)):
+        pass
+    pairs = [PairRequest(sequence, (0, 1))]
+    await engine.score(pairs)
+    await engine.prompt_gradients(pairs)
