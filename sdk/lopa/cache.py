@@ -19,7 +19,7 @@ from typing import BinaryIO, Protocol
 
 from lopa.bundle import FILES, MANIFEST, Bundle, extract_archive
 from lopa.config import ClientConfig
-from lopa.errors import BundleError, FingerprintMismatch, LopaError, NotFound, ProtocolError, RemoteError, StorageError
+from lopa.errors import BundleError, FingerprintMismatch, NotFound, ProtocolError, RemoteError, StorageError, Unavailable
 from lopa.files import locked, make_folder, sync_folder
 from lopa.v1 import catalog_pb2
 from lopa.values import Model
@@ -122,9 +122,9 @@ def _download(source: BundleSource, model: Model, root: Path, progress: Progress
         _install(staging, final)
     except BundleError:
         shutil.rmtree(staging, ignore_errors=True)
+        partial.unlink(missing_ok=True)  # complete but damaged: nothing to go on from
         raise
-    finally:
-        partial.unlink(missing_ok=True)  # complete: either installed, or damaged and of no use
+    partial.unlink(missing_ok=True)
     return Bundle(final, bundle.manifest)
 
 
@@ -155,7 +155,7 @@ def _receive(source: BundleSource, model: Model, partial: Path, progress: Progre
         try:
             with partial.open("ab") as file:
                 _append(source.bundle_chunks(model.bundle_id, offset), file, offset, model.bundle_bytes, progress)
-            error: LopaError = ProtocolError("the server's bundle stream ended before its end")
+            error: RemoteError = Unavailable("the server's bundle stream ended before the archive's end")
         except OSError as problem:
             raise StorageError(f"can't write {partial}: {problem}") from problem
         except RemoteError as problem:

@@ -2,14 +2,14 @@
 
     LopaError
     ├── RemoteError                 the server answered with an error, or did not answer
-    │   ├── Unavailable             no connection, or the server is shutting down: try again
+    │   ├── Unavailable             no connection, or the server is starting or shutting down: try again
     │   ├── DeadlineExceeded        no answer within the time allowed
     │   ├── Cancelled               the call was cancelled
     │   ├── InvalidRequest          a field of the request is wrong: .field, .limit
     │   ├── PreconditionFailed      the request does not fit the server's state
     │   │   └── FingerprintMismatch factors, bundle and foundation model do not belong together (also found locally)
     │   ├── NotFound                no such bundle
-    │   ├── ResourceExhausted       queue full or quota spent: .retry_after
+    │   ├── ResourceExhausted       queue full or quota spent; .retry_after says when to come back
     │   ├── Unauthenticated         no valid credentials
     │   ├── PermissionDenied        valid credentials, but not for this
     │   └── ServerError             the server failed
@@ -37,15 +37,18 @@ class LopaError(Exception):
 
 
 class RemoteError(LopaError):
-    """A call that failed. `reason` is the catalogue's word for it, None when the failure came from the network."""
+    """A call that failed."""
 
-    def __init__(self, message: str, *, reason: Reason | None = None) -> None:
+    def __init__(self, message: str, *, reason: Reason | None = None, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.reason = reason
+        """The catalogue's word for it; None when the failure came from the network."""
+        self.retry_after = retry_after
+        """Seconds after which the server asks to be tried again; None when it does not ask for that."""
 
 
 class Unavailable(RemoteError):
-    """No connection, or the server is shutting down. Trying again later can help; local work goes on."""
+    """No connection, or the server is starting or shutting down. Trying again later can help; local work goes on."""
 
 
 class DeadlineExceeded(RemoteError):
@@ -82,12 +85,7 @@ class NotFound(RemoteError):
 
 
 class ResourceExhausted(RemoteError):
-    """The server's queue is full or a quota is spent."""
-
-    def __init__(self, message: str, *, retry_after: float | None = None, reason: Reason | None = None) -> None:
-        super().__init__(message, reason=reason)
-        self.retry_after = retry_after
-        """Seconds after which the server asks to be tried again; None when trying again has no point."""
+    """The server's queue is full or a quota is spent. Without `retry_after`, trying again has no point."""
 
 
 class Unauthenticated(RemoteError):

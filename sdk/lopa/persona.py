@@ -162,13 +162,14 @@ class Persona:
         *,
         validation: float | Iterable[ExampleLike] | None = None,
         config: TuneConfig | None = None,
-        progress: Callable[[TuneProgress], None] | None = None,
+        on_step: Callable[[TuneProgress], None] | None = None,
         **options: Unpack[TuneOptions],
     ) -> TuneReport:
         """Learn from examples; keep the result only if it is better on the validation examples.
 
         validation: examples of your own to measure on, or the share of `examples` to hold back (default 20 %, at least one).
-        config, or its fields as keywords: steps, batch_size, learning_rate, ...; by default the bundle's. progress: told after every step.
+        config, or its fields as keywords: steps, batch_size, learning_rate, ...; by default the bundle's.
+        on_step: told after every step, and while the run waits for the server.
 
         Every completed step is on disk. Interrupted at any moment, a call with the same examples and settings goes on where
         it stopped and ends with the same factors, bit for bit, as if it had never stopped.
@@ -184,7 +185,7 @@ class Persona:
             raise TypeError(f"give either config or keywords, not both: {', '.join(options)}")
         parts = split(as_examples(examples), validation, config.seed)
         with self._store.lock():
-            return Tuner(client.metered(), encoder, self._store, config, parts, progress or (lambda _: None)).run()
+            return Tuner(client.metered(), encoder, self._store, config, parts, on_step or (lambda _: None)).run()
 
     def _soft_prompt(self, prompt: Prompt, encoder_text: str | None) -> Float32:
         row: Float32 = self.soft_prompts([text_for_encoder(prompt, encoder_text)])[0]

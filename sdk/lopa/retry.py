@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from lopa.errors import DeadlineExceeded, LopaError, RemoteError, ResourceExhausted, Unavailable
+from lopa.errors import DeadlineExceeded, RemoteError, ResourceExhausted, Unavailable
 
 Result = TypeVar("Result")
 
@@ -29,14 +29,14 @@ class RetryPolicy:
     multiplier: float = 2.0
     """Each upper bound is this many times the one before."""
 
-    def delay(self, failures: int, error: LopaError, rng: random.Random) -> float | None:
+    def delay(self, failures: int, error: RemoteError, rng: random.Random) -> float | None:
         """Seconds to wait after the `failures`-th failure (from 1), or None to give up.
 
         The server's RetryInfo is a lower bound, with jitter on top; a wish beyond `maximum` is not waited for.
         """
         if failures >= self.attempts or not is_retryable(error):
             return None
-        wish = error.retry_after or 0.0 if isinstance(error, ResourceExhausted) else 0.0
+        wish = error.retry_after or 0.0
         return None if wish > self.maximum else wish + self.backoff(failures, rng)
 
     def backoff(self, failures: int, rng: random.Random) -> float:
@@ -45,7 +45,7 @@ class RetryPolicy:
         return rng.uniform(0.0, min(self.maximum, self.initial * self.multiplier**exponent))
 
 
-def is_retryable(error: LopaError) -> bool:
+def is_retryable(error: RemoteError) -> bool:
     """Whether the same request can succeed later: no connection, or a full queue that says when to come back."""
     return isinstance(error, Unavailable) or (isinstance(error, ResourceExhausted) and error.retry_after is not None)
 
@@ -72,8 +72,7 @@ class Patience:
             except RemoteError as error:
                 failures += 1
                 began = began if failures > 1 else time.monotonic()
-                wish = error.retry_after or 0.0 if isinstance(error, ResourceExhausted) else 0.0
-                delay = wish + self._policy.backoff(failures, self._rng)
+                delay = (error.retry_after or 0.0) + self._policy.backoff(failures, self._rng)
                 can_help = is_retryable(error) or isinstance(error, DeadlineExceeded)
                 if not can_help or time.monotonic() + delay - began > self._seconds:
                     raise

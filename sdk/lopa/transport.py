@@ -19,7 +19,6 @@ from lopa.errors import (
     DeadlineExceeded,
     FingerprintMismatch,
     InvalidRequest,
-    LopaError,
     NotFound,
     PermissionDenied,
     PreconditionFailed,
@@ -76,6 +75,7 @@ REASONS: Mapping[Reason, type[RemoteError]] = {
     Reason.FINGERPRINT_MISMATCH: FingerprintMismatch,
     Reason.UNKNOWN_BUNDLE: NotFound,
     Reason.QUEUE_FULL: ResourceExhausted,
+    Reason.STARTING: Unavailable,
     Reason.DRAINING: Unavailable,
     Reason.MESSAGE_TOO_LARGE: InvalidRequest,
     Reason.INTERNAL: ServerError,
@@ -123,11 +123,9 @@ def translate(error: grpc.RpcError, *, address: str = "the server") -> RemoteErr
         text = f"{address}: {code.name}: {text}"
     if kind is InvalidRequest:
         return InvalidRequest(text, field=details.field, limit=details.limit, found=details.found, reason=details.reason)
-    if kind is ResourceExhausted:
-        return ResourceExhausted(text, retry_after=details.retry_after, reason=details.reason)
     if kind is Unavailable and details.reason is None:
         text = f"no connection to {address} ({call.details()}); is the server running there?"
-    return kind(text, reason=details.reason)
+    return kind(text, reason=details.reason, retry_after=details.retry_after)
 
 
 class Meter:
@@ -244,7 +242,7 @@ class Link:
             except RemoteError as error:
                 self._wait_or_raise(error, error.__cause__, failures := failures + 1, deadline)
 
-    def _wait_or_raise(self, error: LopaError, cause: BaseException | None, failures: int, deadline: float) -> None:
+    def _wait_or_raise(self, error: RemoteError, cause: BaseException | None, failures: int, deadline: float) -> None:
         delay = self.config.retry.delay(failures, error, self._rng)
         if delay is None or time.monotonic() + delay >= deadline:
             raise error from cause

@@ -111,7 +111,7 @@ class Tuner:
         if state is None:
             state = self._begin()
         resumed_from = state.progress.step
-        self._tell(state.progress)
+        self._last = state.progress
         while state.progress.outcome == "running":
             try:
                 self._advance(state)
@@ -232,7 +232,6 @@ class Tuner:
         state.save(self._store.tuning_path)
 
     def _tell(self, progress: Progress, waiting: str = "") -> None:
-        self._last = progress
         loss = progress.losses[-1] if progress.losses else None
         nll = progress.validation[-1][1] if progress.validation else None
         self._notify(TuneProgress(progress.step, self._config.steps, loss, nll, progress.before_nll, waiting))

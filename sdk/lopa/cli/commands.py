@@ -115,7 +115,7 @@ def tune(
             who = client.personal(folder, persona, progress=bar)
         try:
             with tuning_bar() as show:
-                report = who.tune(learn, validation=measure, progress=show, **options)
+                report = who.tune(learn, validation=measure, on_step=show, **options)
         except KeyboardInterrupt:
             fail("stopped; every finished step is saved: run the same command again to go on", 130)
     if as_json:

@@ -51,7 +51,7 @@ def tuning_bar() -> Iterator[Callable[[TuneProgress], None]]:
 
     columns = (TextColumn("tuning"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("encoding the prompts", total=None)
+        task = bar.add_task("encoding and measuring", total=None)
 
         def show(now: TuneProgress) -> None:
             parts = [f"loss {now.loss:.3f}"] if now.loss is not None else []
