@@ -6,7 +6,6 @@ The same encoder and LoPA give the same bytes and so the same bundle id, on ever
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -114,6 +113,6 @@ def _publish(folder: Path, out: Path) -> None:
     """Put a finished folder in its place. An old bundle is moved aside first and removed last."""
     aside = folder.parent / "old"
     if out.exists():
-        os.replace(out, aside)
-    os.replace(folder, out)
+        out.replace(aside)
+    folder.replace(out)
     shutil.rmtree(aside, ignore_errors=True)

@@ -103,11 +103,18 @@ class Encoder(nn.Module):
         # A feature that hardly varies over the population carries noise; it is not blown up to unit variance.
         self.scale.copy_(1 / spread.clamp_min(0.05 * spread.max().clamp_min(1e-6)))
 
+    def restandardize(self, features: Tensor) -> Tensor:
+        """`standardize` from features (n, h) that this encoder gave with its present constants; returns them under the new ones."""
+        raw = features / self.scale.cpu() + self.mean.cpu()
+        self.standardize(raw)
+        return (raw - self.mean.cpu()) * self.scale.cpu()
+
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text as the device makes them: special tokens added, truncated to max_tokens on the configured side."""
         tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
         tokenizer.enable_truncation(self.config.max_tokens, direction=self.config.truncation_side)
-        return [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+        # A text without any token is read as one token 0, since there would be nothing to pool over.
+        return [encoding.ids or [0] for encoding in tokenizer.encode_batch(list(texts))]
 
     def encode(self, texts: Sequence[str], batch_size: int = 32, on_progress: Callable[[int], None] = lambda _: None) -> Tensor:
         """Features (n, h) of texts, in their order. Batches hold texts of about one length.

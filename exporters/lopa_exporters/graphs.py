@@ -75,7 +75,7 @@ def adamw(parameter: Tensor, gradient: Tensor, values: Mapping[str, Tensor], nam
     rate, step = values["learning_rate"], values["step"]
     first = BETA1 * values[f"exp_avg.{name}"] + (1 - BETA1) * gradient
     second = BETA2 * values[f"exp_avg_sq.{name}"] + (1 - BETA2) * gradient * gradient
-    # The graph optimizer drops `+ 1e-8` as an addition of zero; with both sides of the fraction times a power of two, which is exact, it does not.
+    # The graph optimizer takes `+ 1e-8` for an addition of zero and drops it; so both sides of the fraction are scaled by a power of two.
     denominator = EXACT_SCALE * (second / bias_correction(BETA2, step)).sqrt() + EXACT_SCALE * EPSILON
     decayed = parameter * (1 - rate * values["weight_decay"])
     return decayed - rate * (EXACT_SCALE * first / bias_correction(BETA1, step)) / denominator, first, second
