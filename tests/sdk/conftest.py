@@ -1,0 +1,60 @@
+"""Fixtures of the device's tests: a real server over a tiny model and its real bundle."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lopa
+from lopa.bundle import Bundle
+from tests.tiny import build_tiny_fm
+from tests.tiny_bundle import build_tiny_bundle
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+EXAMPLES = [
+    lopa.Example(f"def function_{i}(a, b):\n    return ", target)
+    for i, target in enumerate(["a + b\n", "a - b\n", "a * b\n", "b + a\n", "a + b\n", "a + b + 1\n", "b - a\n", "a + b\n", "a\n", "b\n"])
+]
+
+
+@pytest.fixture(scope="session")
+def fm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two layers: d 32, context 512, with a chat template."""
+    return build_tiny_fm(tmp_path_factory.mktemp("fm") / "llama", chat=True)
+
+
+@pytest.fixture(scope="session")
+def bundle_folder(fm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its bundle, by the real exporter: m 4, profile factors."""
+    return build_tiny_bundle(fm_folder, tmp_path_factory.mktemp("bundle") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def bundle(bundle_folder: Path) -> Bundle:
+    return Bundle.open(bundle_folder)
+
+
+@pytest.fixture(scope="session")
+def address(fm_folder: Path, bundle_folder: Path) -> Iterator[str]:
+    """A server for the whole session."""
+    from lopa_server.app import ServerConfig, start_server
+
+    with start_server(ServerConfig(fm=fm_folder, bundle=bundle_folder, threads=1)) as server:
+        yield server.address
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that the tests share, apart from the user's."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def client(address: str, cache: Path) -> Iterator[lopa.Client]:
+    with lopa.connect(address, config=lopa.ClientConfig(cache=cache)) as client:
+        yield client
