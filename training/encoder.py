@@ -2,8 +2,9 @@
 
     python training/encoder.py --corpus build/corpus --fm build/lopa_nano --out build/lopa_nano_encoder
 
-InfoNCE (van den Oord et al. 2018): two snippets of one file attract each other, the other files of the batch repel, many of them from the same
-repository. The result is a plain `AutoModel` folder; pooled (mean) and frozen it is what the LoPA heads read.
+InfoNCE (van den Oord et al. 2018): two snippets of one file attract each other, the other files of the batch repel,
+many of them from the same repository. The result is a plain `AutoModel` folder; pooled (mean) and frozen it is what
+the LoPA heads read.
 """
 
 from __future__ import annotations

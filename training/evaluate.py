@@ -63,8 +63,8 @@ library_name: transformers
 ---
 # lopa-nano
 
-The foundation model embedded in lopa: a {parameters:.1f} M parameter Llama for Python code, made to be steered by a prompt. It exists to show and test personalization on a
-machine without a GPU or a network; it is no coding assistant.
+The foundation model embedded in lopa: a {parameters:.1f} M parameter Llama for Python code, made to be steered by a prompt.
+It exists to show and test personalization on a machine without a GPU or a network; it is no coding assistant.
 
 | | |
 | --- | --- |
@@ -72,7 +72,7 @@ machine without a GPU or a network; it is no coding assistant.
 | tokenizer | byte-level BPE, {vocab} tokens |
 | weights | bfloat16 safetensors, {megabytes:.1f} MB |
 | training | {steps} steps of {tokens_per_step:,} tokens ({total:.1f} M tokens), final loss {loss} |
-| data | {train_mb:.0f} MB of Python: the standard library and {packages} pinned, permissively licensed packages (`training/corpus.txt`); packages with their licences in `training/corpus.json` |
+| data | {train_mb:.0f} MB of Python from {packages} permissively licensed packages; licences in `training/corpus.json` |
 | held out | {heldout} |
 | population | {population} other packages, for the shared encoder heads only: not seen by this model |
 
@@ -84,7 +84,8 @@ machine without a GPU or a network; it is no coding assistant.
 
 ## Held-out bits per byte
 
-Windows of {window} tokens of packages that no part of the product was trained on; near-duplicates of their files were removed from the training data.
+Windows of {window} tokens of packages that no part of the product was trained on; near-duplicates of their files were
+removed from the training data.
 
 | package | without header | with repository and file |
 | --- | --- | --- |

@@ -2,8 +2,8 @@
 
     python training/people.py --corpus build/corpus --out build/population.jsonl
 
-One row per example: user, task, prompt, target, append_end. The population packages reached neither lopa-nano nor its encoder, and none of the
-held-out users is among them. Items are cut exactly as the demo cuts those of the held-out users.
+One row per example: user, task, prompt, target, append_end. The population packages reached neither lopa-nano nor its
+encoder, and none of the held-out users is among them. Items are cut exactly as the demo cuts those of the held-out users.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Train lopa-nano, the embedded foundation model, from scratch.
 
-    python training/pretrain.py --corpus build/corpus --out build/lopa_nano --stable-steps 2400 --decay-steps 600
+    python training/pretrain.py --corpus build/corpus --out build/lopa_nano --stable-steps 700 --decay-steps 230
 
-Warm-up, constant rate, linear decay to zero (Hu et al. 2024, section 4). Muon for the matrices inside the layers (Jordan et al. 2024), AdamW for
-embeddings and norms. Killed at any moment, the same command goes on from the last checkpoint; a smaller
+Warm-up, constant rate, linear decay to zero (Hu et al. 2024, section 4). Muon for the matrices inside the layers
+(Jordan et al. 2024), AdamW for embeddings and norms. Killed at any moment, the same command goes on from the last checkpoint; a smaller
 `--stable-steps` than the run has already made starts the decay from there.
 """
 
@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 from tokenizers import Tokenizer
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from windows import END, SPECIAL_TOKENS, Corpus, WindowMix, train_tokenizer
 
@@ -124,8 +124,8 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--tokens-per-step", type=int, default=12_288)
     parser.add_argument("--warmup-steps", type=int, default=60)
-    parser.add_argument("--stable-steps", type=int, default=2400)
-    parser.add_argument("--decay-steps", type=int, default=600)
+    parser.add_argument("--stable-steps", type=int, default=700)
+    parser.add_argument("--decay-steps", type=int, default=230)
     parser.add_argument("--matrix-rate", type=float, default=4e-3)
     parser.add_argument("--other-rate", type=float, default=4e-3)
     parser.add_argument("--checkpoint-every", type=int, default=100, help="steps")
