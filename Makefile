@@ -35,6 +35,7 @@ check: $(VENV)/.dev  ## format, lint, types, generated code
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python scripts/generate_proto.py --check
+	$(BIN)/python scripts/generate_error_table.py --check
 
 proto: $(VENV)/.dev  ## regenerate sdk/lopa/v1 from proto/
 	$(BIN)/python scripts/generate_proto.py
