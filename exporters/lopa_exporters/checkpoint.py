@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from lopa_exporters.cohort import Cohort
 from lopa_exporters.lopa import LoPA, Tensors

@@ -67,7 +67,7 @@ def tune_personal(
     at_rest: dtype of the personal tensors on disk; the start is rounded to it too.
     """
     rows = np.asarray(training)
-    parameters = {name: tensor.to(at_rest).float().requires_grad_() for name, tensor in lopa.start.items()}
+    parameters = {name: tensor.to(at_rest).float().clone().requires_grad_() for name, tensor in lopa.start.items()}
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
     losses: list[float] = []
     curve: list[tuple[int, float]] = []
@@ -86,7 +86,7 @@ def tune_personal(
                 best, best_step, lowest = rounded, *curve[-1]
     if not len(validation):
         best, best_step = _rounded(parameters, at_rest), config.steps
-    last = {name: parameter.detach() for name, parameter in parameters.items()}
+    last = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     return Tuned(last, best, best_step, tuple(losses), tuple(curve))
 
 
@@ -105,4 +105,4 @@ def _step(
 
 
 def _rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensors:
-    return {name: tensor.detach().to(dtype).float() for name, tensor in tensors.items()}
+    return {name: tensor.detach().to(dtype).float().clone() for name, tensor in tensors.items()}

@@ -1,0 +1,191 @@
+"""`lopa export`. Nothing here imports torch until the command runs."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from lopa.bundle import Bundle
+
+    from lopa_exporters.pipeline import ExportPlan
+
+Profile = Literal["factors", "heads", "prompt"]
+Composition = Literal["product", "add", "concat", "max", "none"]
+_METHOD, _TRAINING, _ENCODER = "Method", "Training from a population", "Encoder"
+
+
+def export(
+    fm: Annotated[str, typer.Option(help="Foundation model: a Hugging Face folder or id.")],
+    out: Annotated[Path, typer.Option(help="Folder of the bundle; an older bundle there is replaced.")],
+    encoder: Annotated[
+        str, typer.Option(help='Text encoder: folder or id; "fm" takes the model\'s own layers.', rich_help_panel=_ENCODER)
+    ] = "fm",
+    encoder_layers: Annotated[
+        int, typer.Option(min=0, help='First layers to keep; 0 keeps all, with "fm" 2.', rich_help_panel=_ENCODER)
+    ] = 0,
+    pooling: Annotated[Literal["mean", "cls", "last"], typer.Option(help="Tokens to one vector.", rich_help_panel=_ENCODER)] = "mean",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longer inputs are cut.", rich_help_panel=_ENCODER)] = 128,
+    truncation_side: Annotated[Literal["left", "right"], typer.Option(help="Which end is cut.", rich_help_panel=_ENCODER)] = "left",
+    profile: Annotated[Profile, typer.Option(help="What is personal.", rich_help_panel=_METHOD)] = "factors",
+    composition: Annotated[Composition, typer.Option(help="How Z_S and U V^T become Z.", rich_help_panel=_METHOD)] = "product",
+    rows: Annotated[int, typer.Option(min=1, help="m, rows of the soft prompt.", rich_help_panel=_METHOD)] = 10,
+    rank: Annotated[int, typer.Option(min=1, help="r, rank of the instance part.", rich_help_panel=_METHOD)] = 4,
+    head_width: Annotated[int, typer.Option(min=0, help="Inner width of the heads; 0: the encoder's.", rich_help_panel=_METHOD)] = 0,
+    z_rank: Annotated[int, typer.Option(min=1, help="k, rank of the personal prompt.", rich_help_panel=_METHOD)] = 1,
+    corrections: Annotated[
+        str, typer.Option(help='Personal rank by head matrix: "W1u=1,W2v=2"; "none" for none.', rich_help_panel=_METHOD)
+    ] = "W1u=1,W2u=1,W1v=1,W2v=1",
+    output_std: Annotated[float, typer.Option(min=0, help="Start of the heads' output weights.", rich_help_panel=_METHOD)] = 0.02,
+    population: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="JSONL: user, task, prompt, target, append_end.", rich_help_panel=_TRAINING),
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Folder of the run, to go on after an interruption; default OUT.run.", rich_help_panel=_TRAINING)
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.", rich_help_panel=_TRAINING)] = 2000,
+    lifetime: Annotated[
+        int, typer.Option(min=0, help="Steps until a person starts anew; 0: joint training.", rich_help_panel=_TRAINING)
+    ] = 100,
+    shared_rate: Annotated[float, typer.Option(min=0, help="Learning rate of the shared part.", rich_help_panel=_TRAINING)] = 1e-3,
+    start_rate: Annotated[float, typer.Option(min=0, max=1, help="Reptile rate of the start values.", rich_help_panel=_TRAINING)] = 0.0,
+    bf16: Annotated[bool, typer.Option(help="Train under bfloat16 autocast.", rich_help_panel=_TRAINING)] = False,
+    tuning_rate: Annotated[float, typer.Option(min=0, help="Learning rate of devices, and of persons in training.")] = 1e-2,
+    tuning_steps: Annotated[int, typer.Option(min=1, help="Steps that devices take by default.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of start values and order.")] = 0,
+) -> None:
+    """Make a bundle for a foundation model: train the shared part on a population, export the graphs, verify them against torch."""
+    quiet()
+    from lopa.bundle import TuningDefaults
+
+    from lopa_exporters.cohort import StepSettings
+    from lopa_exporters.encoder import EncoderConfig
+    from lopa_exporters.hub import resolve_folder
+    from lopa_exporters.lopa import LoPAConfig
+    from lopa_exporters.pipeline import ExportPlan, make_bundle
+    from lopa_exporters.population import PopulationConfig
+    from lopa_exporters.verify import ExportError
+
+    try:
+        folder = resolve_folder(fm)
+        own = encoder == "fm"
+        plan = ExportPlan(
+            fm=folder,
+            fm_name="" if Path(fm).exists() else fm,
+            out=out,
+            encoder=EncoderConfig(
+                folder=str(folder if own else encoder),
+                layers=encoder_layers or (2 if own else 0),
+                pooling=pooling,
+                max_tokens=max_tokens,
+                truncation_side=truncation_side,
+            ),
+            method=LoPAConfig(
+                hidden=1,
+                features=1,
+                rows=rows,
+                rank=rank,
+                head_width=head_width,
+                composition="none" if profile == "prompt" else composition,
+                profile=profile,
+                z_rank=z_rank,
+                corrections=parse_corrections(corrections),
+                output_std=output_std,
+            ),
+            population=population,
+            run=run or out.with_name(f"{out.name}.run"),
+            training=PopulationConfig(
+                steps=steps,
+                lifetime=lifetime,
+                personal=StepSettings(tuning_rate),
+                shared_rate=shared_rate,
+                start_rate=start_rate,
+                seed=seed,
+            ),
+            tuning=TuningDefaults(learning_rate=tuning_rate, steps=tuning_steps),
+            bf16=bf16,
+            seed=seed,
+        )
+        bundle = make_bundle(plan, TerminalReporter())
+    except (ValueError, OSError, ExportError) as error:
+        typer.echo(f"lopa: {error}", err=True)
+        raise typer.Exit(1) from error
+    show(bundle, plan)
+
+
+def parse_corrections(text: str) -> dict[str, int]:
+    """ "W1u=1,W2v=2" to ranks by matrix.
+
+    Raises:
+        ValueError: another form.
+    """
+    if text == "none":
+        return {}
+    pairs = [part.partition("=") for part in text.split(",")]
+    if any(not name or not rank.isdecimal() for name, _, rank in pairs):
+        raise ValueError(f'corrections is {text!r}; a list such as "W1u=1,W2v=2", or "none", is needed')
+    return {name.strip(): int(rank) for name, _, rank in pairs}
+
+
+def quiet() -> None:
+    """Libraries' chatter is not for users of this command; our own errors and progress are."""
+    import logging
+
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+class TerminalReporter:
+    """Progress bars on standard error."""
+
+    @contextlib.contextmanager
+    def task(self, title: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
+        """See `lopa_exporters.pipeline.Reporter`."""
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        counted: tuple[Any, ...] = (MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[words]}")) if total else ()
+        with Progress(
+            TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), *counted, console=Console(stderr=True)
+        ) as progress:
+            task = progress.add_task(title, total=total, words="")
+            yield lambda count, words: progress.update(task, advance=count, words=words)
+            if total is None:
+                progress.update(task, total=1, completed=1)
+
+
+def show(bundle: Bundle, plan: ExportPlan) -> None:
+    """What was made, as a table; and a loud note when nothing was learned."""
+    import math
+
+    from rich.console import Console
+    from rich.table import Table
+
+    manifest = bundle.manifest
+    table = Table(title=f"Bundle {manifest.id[:16]} in {bundle.folder}", show_header=False)
+    table.add_row("model", f"{manifest.fm.name}, hidden size {manifest.fm.hidden_size}, fingerprint {manifest.fm.fingerprint[:16]}")
+    table.add_row("encoder", f"{manifest.encoder.name}, {manifest.encoder.max_tokens} tokens")
+    table.add_row("method", f"{manifest.profile}, {manifest.composition}, m {manifest.rows}, r {manifest.rank}")
+    for name, file in manifest.files.items():
+        table.add_row(name, f"{file.size:,} bytes")
+    for spec in manifest.personal:
+        table.add_row(f"personal {spec.name}", f"{' x '.join(map(str, spec.shape))} {spec.dtype}")
+    count = sum(math.prod(spec.shape) for spec in manifest.personal)
+    size = sum(math.prod(spec.shape) * int(spec.dtype[1:]) // 8 for spec in manifest.personal)
+    table.add_row("a user owns", f"{count:,} values, {size:,} bytes")
+    Console().print(table)
+    if plan.population is None and manifest.profile == "factors":
+        Console(stderr=True).print(
+            "[bold red]No population was given: the shared heads are random.[/] Fine for a test; for users, give --population.",
+            highlight=False,
+        )

@@ -1,0 +1,123 @@
+"""From models on disk and a population's examples to a bundle: the whole way that `lopa export` goes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from lopa.bundle import Bundle, TuningDefaults
+
+from lopa_exporters.bundle import export_bundle, read_fm_spec
+from lopa_exporters.data import Dataset, build_dataset, read_examples
+from lopa_exporters.encoder import Encoder, EncoderConfig, NoEncoder, plain_tokenizer
+from lopa_exporters.frozen import FrozenModel
+from lopa_exporters.lopa import LoPA, LoPAConfig, init_lopa
+from lopa_exporters.population import PopulationConfig, PopulationTrainer
+
+
+class Reporter(Protocol):
+    """Who is told what happens."""
+
+    def task(self, title: str, total: int | None) -> contextlib.AbstractContextManager[Callable[[int, str], None]]:
+        """A stage of work. Inside, call with the units newly done and a few words; total None: it can't be counted."""
+        ...
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What to make a bundle from."""
+
+    fm: Path
+    """Folder of the foundation model."""
+    out: Path
+    encoder: EncoderConfig
+    method: LoPAConfig
+    """Its `hidden` and `features` are replaced by those of the models."""
+    gain_from_vocabulary: bool = True
+    """Profile factors: set `z_gain` to the root mean square of the model's embeddings."""
+    population: Path | None = None
+    """Examples to train the shared part on; without them the heads stay random and features are not standardized."""
+    run: Path | None = None
+    """Folder of the training run; needed with a population. An interrupted run there goes on."""
+    training: PopulationConfig = dataclasses.field(default_factory=PopulationConfig)
+    tuning: TuningDefaults = dataclasses.field(default_factory=TuningDefaults)
+    personal_dtype: str | None = None
+    bf16: bool = False
+    """Train under bfloat16 autocast."""
+    seed: int = 0
+    """Of the start values."""
+    fm_name: str = ""
+    """What the manifest calls the model; empty is its folder's name."""
+
+
+def make_bundle(plan: ExportPlan, reporter: Reporter) -> Bundle:
+    """Load, train where there is a population, export, verify.
+
+    Raises:
+        ValueError, OSError: a model, a file or a setting that cannot be used. DataError: an example that cannot be.
+        ExportError: an exported graph is not what torch computes.
+    """
+    with reporter.task("Loading models", None):
+        spec = read_fm_spec(plan.fm, plan.fm_name)
+        fm = FrozenModel.load(plan.fm, bf16=plan.bf16)
+        encoder = load_encoder(plan.encoder, plan.method, fm)
+        lopa = start_lopa(plan, fm, encoder)
+    if plan.population is not None:
+        dataset = prepare(plan.population, fm, encoder, lopa.config, reporter)
+        if trains(lopa, plan.training):
+            lopa = _train(plan, fm, dataset, lopa, reporter)
+    with reporter.task("Exporting and verifying", None):
+        return export_bundle(plan.out, fm=spec, encoder=encoder, lopa=lopa, tuning=plan.tuning, personal_dtype=plan.personal_dtype)
+
+
+def load_encoder(config: EncoderConfig, method: LoPAConfig, fm: FrozenModel) -> Encoder | NoEncoder:
+    """The encoder, on the model's device while it is used; a constant for methods without an instance part."""
+    if not method.has_instance_part:
+        return NoEncoder(plain_tokenizer(fm.tokenizer.backend_tokenizer))
+    return Encoder.load(config)
+
+
+def start_lopa(plan: ExportPlan, fm: FrozenModel, encoder: Encoder | NoEncoder) -> LoPA:
+    """Start values for these models."""
+    vocabulary = fm.vocabulary()
+    method = dataclasses.replace(plan.method, hidden=fm.hidden, features=encoder.width)
+    if plan.gain_from_vocabulary and method.profile == "factors":
+        method = dataclasses.replace(method, z_gain=float(f"{vocabulary.square().mean().sqrt().item():.4g}"))
+    return init_lopa(method, vocabulary, torch.Generator().manual_seed(plan.seed))
+
+
+def trains(lopa: LoPA, training: PopulationConfig) -> bool:
+    """Whether a population changes anything: shared tensors, or start values that follow the persons."""
+    return bool(lopa.shared) or training.start_rate > 0
+
+
+def prepare(population: Path, fm: FrozenModel, encoder: Encoder | NoEncoder, config: LoPAConfig, reporter: Reporter) -> Dataset:
+    """Read and encode a population; the encoder's constants are set from it."""
+    examples = read_examples(population)
+    with reporter.task("Encoding prompts", len(examples)) as advance, _on_device(encoder, fm):
+        return build_dataset(
+            examples, fm, encoder, soft_rows=config.soft_prompt_rows, standardize=True, on_progress=lambda count: advance(count, "")
+        )
+
+
+@contextlib.contextmanager
+def _on_device(encoder: Encoder | NoEncoder, fm: FrozenModel) -> Iterator[None]:
+    encoder.to(fm.device)
+    try:
+        yield
+    finally:
+        encoder.cpu()
+
+
+def _train(plan: ExportPlan, fm: FrozenModel, dataset: Dataset, lopa: LoPA, reporter: Reporter) -> LoPA:
+    if plan.run is None:
+        raise ValueError("a population needs a folder for its training run")
+    trainer = PopulationTrainer(fm, dataset, lopa, plan.training, plan.run)
+    with reporter.task("Training the shared part", plan.training.steps) as advance:
+        advance(trainer.state.step, "")
+        return trainer.run(lambda _step, loss: advance(1, f"NLL {loss:.3f} per token"))
