@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 import lopa
-from lopa.bundle import Bundle
+import pytest
+from lopa.bundle import MANIFEST, Bundle
+
 from tests.tiny import build_tiny_fm
 from tests.tiny_bundle import build_tiny_bundle
 
@@ -20,6 +22,14 @@ EXAMPLES = [
     lopa.Example(f"def function_{i}(a, b):\n    return ", target)
     for i, target in enumerate(["a + b\n", "a - b\n", "a * b\n", "b + a\n", "a + b\n", "a + b + 1\n", "b - a\n", "a + b\n", "a\n", "b\n"])
 ]
+
+
+def variant(bundle: Bundle, folder: Path, **changes: object) -> Bundle:
+    """The same graphs under a changed manifest, and so another id."""
+    shutil.copytree(bundle.folder, folder)
+    manifest = dataclasses.replace(bundle.manifest, **changes)  # type: ignore[arg-type]
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return Bundle.open(folder)
 
 
 @pytest.fixture(scope="session")

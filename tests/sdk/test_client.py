@@ -5,10 +5,9 @@ from __future__ import annotations
 import threading
 
 import grpc
+import lopa
 import numpy as np
 import pytest
-
-import lopa
 
 SOFT = np.random.default_rng(0).normal(0, 0.3, (4, 32)).astype(np.float32)
 OTHER = -SOFT
