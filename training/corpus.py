@@ -2,7 +2,7 @@
 
     python training/corpus.py --out build/corpus
 
-Writes `train.jsonl` (the foundation model), `population.jsonl` (the shared encoder and heads) and
+Writes `train.jsonl` (the foundation model), `population.jsonl` (the shared heads, and what their settings are chosen on) and
 `corpus.json` (packages, versions, licences, sizes, digests). The packages of `split.json`'s "heldout" are the
 users of the demo and of every published figure: no file of theirs, and no file that shares more than
 `MAX_SHARED_SHINGLES` of its lines with one of theirs, reaches either output.
@@ -130,7 +130,7 @@ def main() -> None:
     if args.wheels is None:
         download(args.requirements, wheels)
     split = json.loads((HERE / "split.json").read_text())
-    heldout, population = set(split["heldout"]), set(split["population"])
+    heldout, population = set(split["heldout"]), {*split["population"], *split["development"]}
 
     stdlib = Path(sysconfig.get_path("stdlib"))
     packages: dict[str, list[SourceFile]] = defaultdict(list)

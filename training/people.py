@@ -1,8 +1,9 @@
 """Write the population's examples: what trains the shared part of lopa-nano's bundle.
 
-    python training/people.py --corpus build/corpus --out build/population.jsonl
+    python training/people.py --corpus build/corpus --out build/people
 
-One row per example: user, task, prompt, target, append_end. The population packages reached neither lopa-nano nor its
+`population.jsonl` trains the shared part; on `development.jsonl`, other packages, its settings are chosen. One row per
+example: user, task, prompt, target, append_end. The population packages reached neither lopa-nano nor its
 encoder, and none of the held-out users is among them. Items are cut exactly as the demo cuts those of the held-out users.
 """
 
@@ -20,7 +21,7 @@ from lopa.demo.users import HELD_OUT, TASKS, NoSuchUser, TaskSizes, build_task
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, default=Path("build/corpus"))
-    parser.add_argument("--out", type=Path, default=Path("build/population.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("build/people"))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     packages: dict[str, dict[str, str]] = defaultdict(dict)
@@ -32,12 +33,20 @@ def main() -> None:
     overlap = set(packages) & set(HELD_OUT)
     if overlap:
         raise SystemExit(f"held-out users are in the population: {', '.join(sorted(overlap))}")
+    split = json.loads((Path(__file__).parent / "split.json").read_text())
+    args.out.mkdir(parents=True, exist_ok=True)
+    for role in ("population", "development"):
+        write(args.out / f"{role}.jsonl", {user: packages[user] for user in split[role] if user in packages}, args.seed)
+
+
+def write(path: Path, packages: dict[str, dict[str, str]], seed: int) -> None:
+    """Both tasks of every package that has enough code, tuning items first."""
     persons, rows = 0, 0
-    with args.out.open("w") as out:
-        for user in sorted(packages):
+    with path.open("w") as out:
+        for user, modules in packages.items():
             for task in TASKS:
                 try:
-                    data = build_task(user, task, packages[user], TaskSizes(), args.seed)
+                    data = build_task(user, task, modules, TaskSizes(), seed)
                 except NoSuchUser as error:
                     print(f"left out: {error}")
                     continue
@@ -45,7 +54,7 @@ def main() -> None:
                 for item in (*data.tuning, *data.test):
                     out.write(json.dumps({"user": user, "task": task, **asdict(item)}) + "\n")
                     rows += 1
-    print(f"{persons} persons, {rows} examples")
+    print(f"{path}: {persons} persons, {rows} examples")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,128 @@
+"""Train the shared part of lopa-nano's bundle over the population, measure it on other packages, and export it.
+
+    python training/bundle.py --out build/lopa_nano_bundle
+
+The settings below were chosen on the development packages (`split.json`): neither the population that the shared part is
+trained on nor the held-out users of the demo. An interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from lopa.bundle import TuningDefaults
+from lopa.examples import permutation
+from lopa.tuning import TuneConfig
+from lopa_exporters.bundle import export_bundle, read_fm_spec
+from lopa_exporters.cli import TerminalReporter
+from lopa_exporters.cohort import StepSettings
+from lopa_exporters.data import Dataset, build_dataset, read_examples
+from lopa_exporters.encoder import Encoder, EncoderConfig
+from lopa_exporters.frozen import FrozenModel
+from lopa_exporters.lopa import LoPA, LoPAConfig
+from lopa_exporters.pipeline import ExportPlan, load_encoder, prepare, start_lopa
+from lopa_exporters.population import PopulationConfig, PopulationTrainer
+from lopa_exporters.simulate import evaluate, tune_personal
+
+METHOD = LoPAConfig(
+    hidden=1,  # replaced by the models' widths
+    features=1,
+    rows=10,
+    rank=4,
+    head_width=64,
+    z_rank=4,
+    corrections={"W1u": 2, "W2u": 4, "W1v": 2, "W2v": 8},
+    inner_std=0.06,
+    output_std=0.2,
+    dropout=0.05,
+)
+TUNING = TuningDefaults(learning_rate=3e-2, steps=80, batch_size=8)
+TEST_ITEMS = 48
+
+
+def develop(fm: FrozenModel, dataset: Dataset, lopa: LoPA, tuning: TuningDefaults, persons: Sequence[int]) -> list[dict[str, object]]:
+    """Tune each development person as a device would and measure the last items, which stand after the tuning items."""
+    rows = []
+    config = TuneConfig.for_bundle(manifest_tuning(tuning), validate_every=tuning.steps)
+    for person in persons:
+        own = dataset.rows[person]
+        tuning_rows, test_rows = own[:-TEST_ITEMS], own[-TEST_ITEMS:]
+        order = permutation(len(tuning_rows), "development")
+        held, training = tuning_rows[order[:24]], tuning_rows[order[24:]]
+        plain, start = evaluate(fm, dataset, test_rows, None), evaluate(fm, dataset, test_rows, lopa)
+        tuned = tune_personal(fm, dataset, lopa, config, training, held)
+        own_scores = evaluate(fm, dataset, test_rows, lopa, tuned.best)
+        user, task = dataset.persons[person]
+        rows.append({"user": user, "task": task, "plain": plain.nll, "start": start.nll, "own": own_scores.nll})
+        rows[-1] |= {"plain_accuracy": plain.accuracy, "own_accuracy": own_scores.accuracy}
+        print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}), flush=True)
+    for task in sorted({str(row["task"]) for row in rows}):
+        chosen = [row for row in rows if row["task"] == task]
+        means = {key: fmean(float(str(row[key])) for row in chosen) for key in ("plain", "start", "own", "plain_accuracy", "own_accuracy")}
+        print(task, {key: round(value, 3) for key, value in means.items()}, flush=True)
+    return rows
+
+
+def manifest_tuning(tuning: TuningDefaults) -> object:
+    """What `TuneConfig.for_bundle` reads of a manifest."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Settings:
+        tuning: TuningDefaults
+
+    return Settings(tuning)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fm", type=Path, default=Path("build/lopa_nano/model"))
+    parser.add_argument("--encoder", type=Path, default=Path("build/lopa_nano_encoder"))
+    parser.add_argument("--people", type=Path, default=Path("build/people"), help="folder made by people.py")
+    parser.add_argument("--out", type=Path, default=Path("build/lopa_nano_bundle"))
+    parser.add_argument("--run", type=Path, default=Path("build/lopa_nano_bundle.run"))
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--persons", type=int, default=4, help="in one step")
+    parser.add_argument("--shared-rate", type=float, default=2e-3)
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="train under bfloat16 autocast")
+    parser.add_argument("--develop", type=int, default=12, help="development persons to measure; 0: none")
+    args = parser.parse_args()
+
+    training = PopulationConfig(
+        steps=args.steps,
+        persons=args.persons,
+        rows=TUNING.batch_size,
+        lifetime=TUNING.steps,
+        personal=StepSettings(TUNING.learning_rate),
+        shared_rate=args.shared_rate,
+    )
+    encoder_config = EncoderConfig(folder=str(args.encoder), name="lopa-nano-encoder")
+    plan = ExportPlan(fm=args.fm, out=args.out, encoder=encoder_config, method=METHOD, bf16=args.bf16)
+    reporter = TerminalReporter()
+    fm = FrozenModel.load(plan.fm, bf16=plan.bf16)
+    encoder = load_encoder(plan.encoder, plan.method, fm)
+    if not isinstance(encoder, Encoder):
+        raise SystemExit("the method needs an encoder")
+    start = start_lopa(plan, fm, encoder)
+    dataset = prepare(args.people / "population.jsonl", fm, encoder, start.config, reporter)
+    print(f"{len(dataset.persons)} persons, {start.config.personal_count():,} personal values, z_gain {start.config.z_gain}", flush=True)
+    trainer = PopulationTrainer(fm, dataset, start, training, args.run)
+    with reporter.task("Training the shared part", training.steps) as advance:
+        advance(trainer.state.step, "")
+        lopa = trainer.run(lambda _step, loss: advance(1, f"NLL {loss:.3f} per token"))
+    spec = dataclasses.replace(read_fm_spec(plan.fm), name="lopa-nano")
+    export_bundle(plan.out, fm=spec, encoder=encoder, lopa=lopa, tuning=TUNING)
+    if args.develop:
+        examples = read_examples(args.people / "development.jsonl")
+        people = build_dataset(examples, fm, encoder, soft_rows=lopa.config.soft_prompt_rows, standardize=False)
+        with torch.inference_mode(False):
+            develop(fm, people, lopa, TUNING, range(min(args.develop, len(people.persons))))
+
+
+if __name__ == "__main__":
+    main()
