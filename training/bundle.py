@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-import torch
 from lopa.bundle import TuningDefaults
 from lopa.examples import permutation
 from lopa.tuning import TuneConfig
@@ -49,7 +48,7 @@ TEST_ITEMS = 48
 def develop(fm: FrozenModel, dataset: Dataset, lopa: LoPA, tuning: TuningDefaults, persons: Sequence[int]) -> list[dict[str, object]]:
     """Tune each development person as a device would and measure the last items, which stand after the tuning items."""
     rows = []
-    config = TuneConfig.for_bundle(manifest_tuning(tuning), validate_every=tuning.steps)
+    config = TuneConfig(**dataclasses.asdict(tuning), validate_every=tuning.steps)
     for person in persons:
         own = dataset.rows[person]
         tuning_rows, test_rows = own[:-TEST_ITEMS], own[-TEST_ITEMS:]
@@ -67,16 +66,6 @@ def develop(fm: FrozenModel, dataset: Dataset, lopa: LoPA, tuning: TuningDefault
         means = {key: fmean(float(str(row[key])) for row in chosen) for key in ("plain", "start", "own", "plain_accuracy", "own_accuracy")}
         print(task, {key: round(value, 3) for key, value in means.items()}, flush=True)
     return rows
-
-
-def manifest_tuning(tuning: TuningDefaults) -> object:
-    """What `TuneConfig.for_bundle` reads of a manifest."""
-
-    @dataclasses.dataclass(frozen=True)
-    class Settings:
-        tuning: TuningDefaults
-
-    return Settings(tuning)
 
 
 def main() -> None:
@@ -120,8 +109,7 @@ def main() -> None:
     if args.develop:
         examples = read_examples(args.people / "development.jsonl")
         people = build_dataset(examples, fm, encoder, soft_rows=lopa.config.soft_prompt_rows, standardize=False)
-        with torch.inference_mode(False):
-            develop(fm, people, lopa, TUNING, range(min(args.develop, len(people.persons))))
+        develop(fm, people, lopa, TUNING, range(min(args.develop, len(people.persons))))
 
 
 if __name__ == "__main__":
