@@ -24,6 +24,11 @@ CHAT_TEMPLATE = (
 )
 
 
+def _mixed(layers: int) -> list[str]:
+    """Sliding windows and full attention in turn."""
+    return ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)]
+
+
 def _config(family: str, hidden: int, layers: int, vocab: int, context: int) -> Any:
     """A small configuration of one architecture. Heads are of width 8."""
     import transformers as hf
@@ -45,7 +50,7 @@ def _config(family: str, hidden: int, layers: int, vocab: int, context: int) -> 
         "qwen2": lambda: hf.Qwen2Config(**grouped),
         "qwen3": lambda: hf.Qwen3Config(**grouped, head_dim=8),
         "gemma": lambda: hf.GemmaConfig(**grouped, head_dim=8),
-        "gemma3": lambda: hf.Gemma3TextConfig(**grouped, head_dim=8, sliding_window=16),
+        "gemma3": lambda: hf.Gemma3TextConfig(**grouped, head_dim=8, sliding_window=16, layer_types=_mixed(layers)),
         "phi": lambda: hf.PhiConfig(**common),
         "gpt_neox": lambda: hf.GPTNeoXConfig(**common),
         "gpt2": lambda: hf.GPT2Config(n_embd=hidden, n_layer=layers, n_head=heads, n_positions=context, **ids),
@@ -90,7 +95,7 @@ def build_tiny_fm(
 ) -> Path:
     """Write a model, its configuration and its tokenizer to `folder`; the same arguments always give the same weights.
 
-    family: llama, mistral, qwen2, qwen3, gemma, gemma3 (sliding windows of 16), phi, gpt_neox, gpt2 or opt.
+    family: llama, mistral, qwen2, qwen3, gemma, gemma3 (every other layer with a sliding window of 16), phi, gpt_neox, gpt2 or opt.
     hidden: d, a multiple of 8. vocab: at least 258 (256 bytes and two special tokens).
     Weights are scaled so that different soft prompts give clearly different texts.
     """

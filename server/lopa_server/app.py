@@ -56,6 +56,11 @@ class ServerApp:
         self._server: grpc.aio.Server | None = None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
+    @property
+    def name(self) -> str:
+        """The FM's name, once started."""
+        return self.engine.spec.name if self.engine is not None else str(self._config.fm)
+
     async def start(self) -> None:
         """Bind the port (NOT_SERVING), load, warm up, then serve.
 
@@ -235,10 +240,9 @@ def _check_bundle(bundle: Bundle, spec: EngineSpec, config: ServerConfig) -> Non
             f"the bundle {bundle.folder} was made for {fm.name} ({fm.fingerprint[:16]}…), but {config.fm} is {spec.fingerprint[:16]}…: "
             "serve the model that it was made for, or export a bundle for this one"
         )
-    if bundle.manifest.rows > config.limits.max_virtual_tokens:
-        raise ConfigError(
-            f"the bundle's soft prompts have {bundle.manifest.rows} rows; max_virtual_tokens is {config.limits.max_virtual_tokens}: raise it"
-        )
+    rows, limit = bundle.manifest.rows, config.limits.max_virtual_tokens
+    if rows > limit:
+        raise ConfigError(f"the bundle's soft prompts have {rows} rows; max_virtual_tokens is {limit}: raise it")
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -7,27 +7,22 @@ import logging
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from lopa.cli.output import fail
 
-from lopa_server.config import ServerConfig
+from lopa_server.config import ConfigError, ServerConfig
+from lopa_server.engine.base import UnsupportedModel
 from lopa_server.limits import ServiceLimits
 from lopa_server.models import nano_bundle_folder, nano_folder
-
-if TYPE_CHECKING:
-    from lopa_server.app import ServerApp
 
 DEFAULTS = ServerConfig(fm="")
 
 
 def serve(
-    fm: Annotated[
-        str | None, typer.Option(help="Hugging Face id or folder of the foundation model. Default: the embedded lopa-nano.")
-    ] = None,
-    bundle: Annotated[
-        Path | None, typer.Option(help="Folder of the bundle to publish. Default: lopa-nano's with lopa-nano, else none.")
-    ] = None,
+    fm: Annotated[str | None, typer.Option(help="Hugging Face id or folder of the model. Default: the embedded lopa-nano.")] = None,
+    bundle: Annotated[Path | None, typer.Option(help="Folder of the bundle to publish. Default: lopa-nano has its own.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = DEFAULTS.host,
     port: Annotated[int, typer.Option(help="Port; 0 takes any free one.")] = 7070,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: bfloat16 on CUDA, float32 on the CPU.")] = None,
@@ -35,19 +30,16 @@ def serve(
     max_batch: Annotated[int, typer.Option(help="Requests that generate at the same time.")] = DEFAULTS.max_batch,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait for a place.")] = DEFAULTS.max_waiting,
     max_virtual_tokens: Annotated[int, typer.Option(help="Rows of a soft prompt at most.")] = DEFAULTS.limits.max_virtual_tokens,
-    step_positions: Annotated[
-        int, typer.Option(help="Positions in one step: more is faster, less lets others in sooner.")
-    ] = DEFAULTS.step_positions,
+    step_positions: Annotated[int | None, typer.Option(help="Positions in one step. More: faster; less: others get in sooner.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads for torch. Default: torch's own choice.")] = None,
-    drain_seconds: Annotated[float, typer.Option(help="How long running calls may take to finish after SIGTERM.")] = DEFAULTS.drain_seconds,
+    drain_seconds: Annotated[float, typer.Option(help="How long running calls may take after SIGTERM.")] = DEFAULTS.drain_seconds,
     ready_file: Annotated[Path | None, typer.Option(help="File that gets host:port once the server is ready.")] = None,
     insecure_listen: Annotated[bool, typer.Option(help="Listen beyond this machine, unencrypted and unauthenticated.")] = False,
 ) -> None:
     """Serve one frozen model to everybody. Ends with SIGTERM or Ctrl-C, after running calls have finished."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    if fm is None:
-        bundle = bundle or (nano_bundle_folder() if nano_bundle_folder().is_dir() else None)
+    if fm is None and bundle is None and nano_bundle_folder().is_dir():
+        bundle = nano_bundle_folder()
     config = ServerConfig(
         fm=fm or nano_folder(),
         bundle=bundle,
@@ -65,30 +57,28 @@ def serve(
         ready_file=ready_file,
     )
     try:
-        from lopa_server.app import ServerApp
-    except ModuleNotFoundError as error:
-        raise typer.TyperException(f"the server needs {error.name}: pip install 'lopa[server]'") from error
-    asyncio.run(_serve(ServerApp, config))
+        asyncio.run(_serve(config))
+    except (ConfigError, UnsupportedModel, FileNotFoundError) as error:
+        fail(str(error))
 
 
-async def _serve(app_class: type[ServerApp], config: ServerConfig) -> None:
-    """Run until a signal says stop."""
+async def _serve(config: ServerConfig) -> None:
+    """Run until a signal says stop. A signal before the server is ready ends it at once."""
+    from lopa_server.app import ServerApp
+
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
     typer.echo(f"Loading {config.fm} …", err=True)
-    app = app_class(config)
-    starting = asyncio.create_task(app.start())
-    stopping = asyncio.create_task(stop.wait())
+    app = ServerApp(config)
+    starting, stopping = asyncio.create_task(app.start()), asyncio.create_task(stop.wait())
     await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
         starting.cancel()
         await asyncio.wait({starting})
         return
     await starting
-    typer.echo(f"Serving {app.name} on {app.address}", err=False)
-    sys.stdout.flush()
+    typer.echo(f"Serving {app.name} on {app.address}")
     await stopping
-    typer.echo("Draining: new calls are refused, running ones finish.", err=True)
+    typer.echo("Draining: new calls are refused, running ones may finish.", err=True)
     await app.drain()

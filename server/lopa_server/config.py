@@ -39,8 +39,9 @@ class ServerConfig:
     """Generate requests waiting for a place in it."""
     max_waiting_pairs: int = 8192
     """Pairs waiting to be scored or differentiated."""
-    step_positions: int = 2048
-    """Positions in one prefill step or one micro-batch of pairs: more is faster, less lets others in sooner."""
+    step_positions: int | None = None
+    """Positions in one micro-batch of pairs, and half as many as in one prefill step: more is faster, less lets others in
+    sooner. None: what suits the device."""
     limits: ServiceLimits = field(default_factory=ServiceLimits)
     drain_seconds: float = 30.0
     """How long running calls may take to finish after SIGTERM."""
@@ -51,11 +52,10 @@ class ServerConfig:
         """Raises ConfigError for values that can't work."""
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}; it must be from 0 to 65535")
-        for name in ("max_batch", "max_waiting", "max_waiting_pairs", "step_positions"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"threads is {self.threads}; it must be at least 1")
+        for name in ("max_batch", "max_waiting", "max_waiting_pairs", "step_positions", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
         if self.drain_seconds < 0:
             raise ConfigError(f"drain_seconds is {self.drain_seconds}; it can't be negative")
         if self.limits.max_virtual_tokens < 1:

@@ -19,14 +19,14 @@ def load_engine(config: ServerConfig) -> TorchEngine:
     from lopa_server.engine.torch_engine.config import TorchEngineConfig
     from lopa_server.engine.torch_engine.engine import TorchEngine
 
-    limits = SchedulerLimits(max_batch=config.max_batch, prefill_positions=config.step_positions, pair_positions=config.step_positions)
     return TorchEngine.load(
         TorchEngineConfig(
             fm=str(config.fm),
             dtype=config.dtype,
             device=config.device,
             threads=config.threads,
-            limits=limits,
+            limits=SchedulerLimits(max_batch=config.max_batch),
+            step_positions=config.step_positions,
             max_waiting=config.max_waiting,
             max_waiting_pairs=config.max_waiting_pairs,
         )

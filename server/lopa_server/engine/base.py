@@ -3,6 +3,7 @@
 No protobuf, no torch: token ids, numpy arrays and plain values that the service has already checked.
 Legend: m soft-prompt rows, d hidden size, t tokens.
 
+    UnsupportedModel     this engine can't serve that model
     EngineError
     ├── QueueFull        too much is waiting; try again after `retry_after` seconds
     ├── EngineStopped    the engine is shutting down or has been stopped
@@ -20,6 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Float32 = NDArray[np.float32]
+
+
+class UnsupportedModel(ValueError):
+    """A model that an engine can't serve correctly; it says so before anybody is served. The message says why."""
 
 
 class EngineError(RuntimeError):

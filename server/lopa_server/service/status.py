@@ -36,9 +36,8 @@ def _status(error: WireError, retry_seconds: float | None) -> status_pb2.Status:
     code: int = error.status.value[0]
     status = status_pb2.Status(code=code, message=str(error))
     metadata = {"field": error.field, "limit": error.limit, "found": error.found}
-    info = error_details_pb2.ErrorInfo(
-        reason=error.reason.value, domain=DOMAIN, metadata={key: value for key, value in metadata.items() if value}
-    )
+    known = {key: value for key, value in metadata.items() if value}
+    info = error_details_pb2.ErrorInfo(reason=error.reason.value, domain=DOMAIN, metadata=known)
     status.details.add().Pack(info)
     if error.status.name == "INVALID_ARGUMENT":
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=str(error), reason=error.reason.value)

@@ -9,6 +9,7 @@ be zero, whoever used the row before. `clear` and `move` see to that.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -151,23 +152,20 @@ class SlotCache(Cache):
 
     def move(self, source: int, target: int) -> None:
         """Copy a whole row over another, unused positions' zeros included."""
-        for layer in self.layers:
-            layer.keys[target] = layer.keys[source]
-            layer.values[target] = layer.values[source]
+        for held in self._tensors(source, target):
+            held[target] = held[source]
 
     def swap(self, first: int, second: int) -> None:
-        for layer in self.layers:
-            for held in (layer.keys, layer.values):
-                held[[first, second]] = held[[second, first]]
+        for held in self._tensors(first, second):
+            held[[first, second]] = held[[second, first]]
 
     def clear(self, row: int) -> None:
         """Zero a row that its request has left."""
-        for layer in self.layers:
-            layer.keys[row] = 0
-            layer.values[row] = 0
+        for held in self._tensors(row):
+            held[row] = 0
 
-    def drop(self) -> None:
-        """Give all memory back; every row's content is lost."""
-        self.layers.clear()
-        self._shape.rows = self._shape.positions = 0
-        self._shape.plan = None
+    def _tensors(self, *rows: int) -> Iterator[torch.Tensor]:
+        """All layers' keys and values. After a step that failed for want of memory some may not have these rows yet."""
+        for layer in self.layers:
+            if layer.keys is not None and max(rows) < len(layer.keys):
+                yield from (layer.keys, layer.values)

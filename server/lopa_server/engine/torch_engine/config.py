@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from lopa_server.engine.scheduler import SchedulerLimits
 
+STEP_POSITIONS = {"cpu": 1024, "cuda": 16384}
+"""A CPU is as fast with a micro-batch of this size as with a larger one; a GPU needs more to be busy."""
+
 
 @dataclass(frozen=True)
 class TorchEngineConfig:
@@ -20,6 +23,8 @@ class TorchEngineConfig:
     threads: int | None = None
     """CPU threads for torch. Default: torch's own choice."""
     limits: SchedulerLimits = field(default_factory=SchedulerLimits)
+    step_positions: int | None = None
+    """Sets limits.pair_positions, and limits.prefill_positions to twice that. Default: STEP_POSITIONS of the device."""
     max_waiting: int = 256
     """Generate requests that may wait for a place in the batch."""
     max_waiting_pairs: int = 8192

@@ -13,7 +13,7 @@ import torch
 
 from lopa_server.engine.base import Delta, EngineSpec, EngineStats, EngineStopped, GenerateRequest, PairRequest, PairResult, QueueFull
 from lopa_server.engine.scheduler import PairKind
-from lopa_server.engine.torch_engine.config import TorchEngineConfig
+from lopa_server.engine.torch_engine.config import STEP_POSITIONS, TorchEngineConfig
 from lopa_server.engine.torch_engine.live import LiveJob, LiveStream, Mailbox
 from lopa_server.engine.torch_engine.loader import FoundationModel, load_foundation_model
 from lopa_server.engine.torch_engine.selfcheck import check_runner, positions_that_fit
@@ -44,7 +44,10 @@ class TorchEngine:
         fm = load_foundation_model(config.fm, dtype=config.dtype, device=config.device)
         bytes_per_position = check_runner(fm)
         fitting = positions_that_fit(fm, bytes_per_position, config.cache_part)
-        limits = dataclasses.replace(config.limits, kv_positions=min(config.limits.kv_positions, fitting))
+        step = config.step_positions or STEP_POSITIONS[fm.device.type]
+        limits = dataclasses.replace(
+            config.limits, kv_positions=min(config.limits.kv_positions, fitting), pair_positions=step, prefill_positions=2 * step
+        )
         return cls(fm, dataclasses.replace(config, limits=limits))
 
     @property

@@ -68,7 +68,13 @@ class LiveStream:
         return len(self.request.input) + self.generated - 1
 
     def accept(self, choice: Choice) -> Delta:
-        """Take a new token in; what the client is told about it."""
+        """Take a new token in; what the client is told about it.
+
+        Raises:
+            ArithmeticError: there is no token, since the FM gave values that aren't numbers.
+        """
+        if choice.broken:
+            raise ArithmeticError("the model's logits are not finite")
         self.last_token = choice.token_id
         self.generated += 1
         text, finish = "", None

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from lopa.fingerprint import fingerprint_folder
 
-from lopa_server.engine.base import EngineSpec
-from lopa_server.engine.torch_engine.masks import MaskMaker, UnsupportedModel
+from lopa_server.engine.base import EngineSpec, UnsupportedModel
+from lopa_server.engine.torch_engine.masks import MaskMaker
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -78,8 +78,8 @@ def load_foundation_model(fm: str | Path, *, dtype: str | None = None, device: s
     folder = resolve_folder(fm)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     name = dtype or ("bfloat16" if place.type == "cuda" else "float32")
-    if name not in DTYPES:
-        raise ValueError(f"dtype is {name!r}; it must be one of {', '.join(DTYPES)}")
+    if name not in DTYPES or place.type not in ("cpu", "cuda"):
+        raise UnsupportedModel(f"{name} on {place} is not supported: dtypes are {', '.join(DTYPES)}, devices cpu and cuda")
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[name], local_files_only=True)
     except (ValueError, KeyError) as error:

@@ -10,11 +10,9 @@ from typing import Any
 
 import torch
 
+from lopa_server.engine.base import UnsupportedModel
+
 FULL, SLIDING = "full_attention", "sliding_attention"
-
-
-class UnsupportedModel(ValueError):
-    """An architecture that this engine can't serve correctly. The message says why."""
 
 
 class MaskMaker:

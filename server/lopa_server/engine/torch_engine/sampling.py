@@ -47,7 +47,7 @@ def choose(logits: torch.Tensor, params: Sequence[SamplingParams], randomness: S
             tokens = draw(logits[rows], [params[row] for row in rows], [randomness[row].next() for row in rows])
             for row, token in zip(rows, tokens, strict=True):
                 chosen[row] = token
-    logprobs = _logprobs(logits, chosen, params, finite)
+    logprobs = _logprobs(logits, chosen, params)
     return [Choice(chosen[row], logprobs.get(row), broken=not finite[row]) for row in range(len(params))]
 
 
@@ -84,11 +84,9 @@ def _draw_truncated(logits: torch.Tensor, params: Sequence[SamplingParams], unif
     return order.gather(1, _inverse(weights, uniform))[:, 0].tolist()
 
 
-def _logprobs(
-    logits: torch.Tensor, chosen: Sequence[int], params: Sequence[SamplingParams], finite: Sequence[bool]
-) -> dict[int, TokenLogprobs]:
+def _logprobs(logits: torch.Tensor, chosen: Sequence[int], params: Sequence[SamplingParams]) -> dict[int, TokenLogprobs]:
     """Of the rows that asked for them, under the FM's own distribution."""
-    rows = [row for row, param in enumerate(params) if param.logprobs is not None and finite[row]]
+    rows = [row for row, param in enumerate(params) if param.logprobs is not None]
     if not rows:
         return {}
     values = torch.log_softmax(logits[rows], dim=1)

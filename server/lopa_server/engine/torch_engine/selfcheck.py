@@ -12,9 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from lopa_server.engine.base import InputSequence
+from lopa_server.engine.base import InputSequence, UnsupportedModel
 from lopa_server.engine.torch_engine.loader import FoundationModel
-from lopa_server.engine.torch_engine.masks import UnsupportedModel
 from lopa_server.engine.torch_engine.runner import ModelRunner, Piece, embed_pieces, prepare
 
 ROWS = 2
@@ -40,7 +39,7 @@ def check_runner(fm: FoundationModel) -> int:
         if not difference <= TOLERANCE[fm.dtype]:
             kind = fm.model.config.model_type
             raise UnsupportedModel(
-                f"{kind}: in a batch its logits differ from transformers' own by {difference:.2g} of their spread (row {row})"
+                f"{kind}: in a batch, logits differ from transformers' own by {difference:.2g} of their spread (row {row})"
             )
     return bytes_per_position
 

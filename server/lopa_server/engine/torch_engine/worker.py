@@ -226,10 +226,12 @@ class Worker:
         streams = [self._streams[name] for name in names]
         choices = choose(logits, [stream.request.sampling for stream in streams], [stream.randomness for stream in streams])
         for name, stream, choice in zip(names, streams, choices, strict=True):
-            if choice.broken:
-                self._fail(name, ArithmeticError("the model's logits are not finite"))
+            try:
+                delta = stream.accept(choice)
+            except Exception as error:
+                log.exception("a token of %s could not be used", name)
+                self._fail(name, error)
                 continue
-            delta = stream.accept(choice)
             self._counts["generated_tokens"] += 1
             self._outbox.append((stream.mailbox, delta))
             if delta.finish is not None:
