@@ -8,14 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from safetensors.numpy import save
-
 from lopa.bundle import TensorSpec
 from lopa.encoder import Moments, Tensors
 from lopa.errors import FactorsError, FolderError
-from lopa.factors import read_metadata, read_tensors
 from lopa.files import write_atomic
+from lopa.tensorfile import read_metadata, read_tensors, write_tensors
 from lopa.values import Float32
 
 _KINDS = ("personal", "exp_avg", "exp_avg_sq", "best")
@@ -64,8 +61,10 @@ class TuneState:
             "exp_avg_sq": self.moments.exp_avg_sq,
             "best": self.best,
         }
-        tensors = {f"{kind}.{name}": np.ascontiguousarray(value) for kind, group in groups.items() for name, value in group.items()}
-        write_atomic(path, save(tensors, {"digest": self.digest, "progress": json.dumps(asdict(self.progress))}))
+        tensors = {f"{kind}.{name}": value for kind, group in groups.items() for name, value in group.items()}
+        specs = [TensorSpec(name, value.shape) for name, value in tensors.items()]
+        metadata = {"digest": self.digest, "progress": json.dumps(asdict(self.progress))}
+        write_atomic(path, write_tensors(tensors, specs, metadata))
 
 
 def load_state(path: Path, digest: str, specs: Sequence[TensorSpec]) -> TuneState | None:

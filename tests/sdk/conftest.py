@@ -11,6 +11,7 @@ from pathlib import Path
 import lopa
 import pytest
 from lopa.bundle import MANIFEST, Bundle
+from lopa.tuning import TuneOptions
 
 from tests.tiny import build_tiny_fm
 from tests.tiny_bundle import build_tiny_bundle
@@ -22,6 +23,9 @@ EXAMPLES = [
     lopa.Example(f"def function_{i}(a, b):\n    return ", target)
     for i, target in enumerate(["a + b\n", "a - b\n", "a * b\n", "b + a\n", "a + b\n", "a + b + 1\n", "b - a\n", "a + b\n", "a\n", "b\n"])
 ]
+
+SETTINGS: TuneOptions = {"steps": 12, "batch_size": 4, "learning_rate": 0.02, "validate_every": 3}
+"""A short run over EXAMPLES that ends better than it began."""
 
 
 def variant(bundle: Bundle, folder: Path, **changes: object) -> Bundle:
