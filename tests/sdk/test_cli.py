@@ -1,0 +1,119 @@
+"""The command: what it prints, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import lopa
+import pytest
+from lopa.cli import EXTRAS, main
+
+from tests.sdk.conftest import EXAMPLES
+
+Capture = pytest.CaptureFixture[str]
+
+
+def run(*arguments: object) -> int:
+    """Exit code of a command line."""
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return end.value.code if isinstance(end.value.code, int) else 0
+
+
+@pytest.fixture(autouse=True)
+def _cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOPA_CACHE", str(cache))
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Path:
+    path = tmp_path / "examples.jsonl"
+    path.write_text("".join(json.dumps({"prompt": one.prompt, "target": one.target}) + "\n" for one in EXAMPLES))
+    return path
+
+
+def test_help_and_version(capsys: Capture) -> None:
+    assert run("--help") == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in ("serve", "info", "generate", "tune", "export", "history", "rollback"))
+    assert "Not installed" not in listed
+    assert run("tune", "--help") == 0
+    assert "--learning-rate" in capsys.readouterr().out
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"lopa {lopa.__version__}\n"
+
+
+def test_info(address: str, capsys: Capture) -> None:
+    assert run("info", address) == 0
+    assert "hidden size   32" in capsys.readouterr().out
+    assert run("info", address, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["hidden_size"] == 32 and document["limits"]["max_pairs"] > 0
+
+
+def test_a_users_life(address: str, jsonl: Path, tmp_path: Path, capsys: Capture) -> None:
+    """generate plain, tune, generate personally, history, rollback."""
+    folder = tmp_path / "me"
+    assert run("generate", address, "def f(a, b):", "--max-tokens", 5) == 0
+    plain = capsys.readouterr().out
+    assert run("tune", address, folder, jsonl, "--steps", 8, "--batch-size", 4, "--learning-rate", 0.03, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["kept"] and report["version"] == 2 and len(report["losses"]) == 8
+    assert run("generate", address, "def f(a, b):", "--personal", folder, "--max-tokens", 5, "--json") == 0
+    generation = json.loads(capsys.readouterr().out)
+    assert generation["receipt"]["rows"] == 4 and generation["text"] + "\n" != plain
+    assert run("history", folder) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("    1  ") and lines[1].startswith("*   2  ") and "validation" in lines[1]
+    assert run("rollback", folder, 1) == 0
+    capsys.readouterr()
+    assert run("history", folder, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["current"] == 1
+    assert run("tune", address, folder, jsonl, "--steps", 1, "--learning-rate", 1e-9) == 0
+    assert "nothing changed" in capsys.readouterr().out or lopa.open_personal(folder).version == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["info", "127.0.0.1:1"], "is the server running there"),
+        (["history", "/no/such/folder"], "has no persona default"),
+        (["history", "/tmp", "--persona", "../x"], "persona name"),
+    ],
+)
+def test_failures_are_one_line_and_exit_1(arguments: list[str], words: str, capsys: Capture) -> None:
+    assert run(*arguments) == 1
+    error = capsys.readouterr().err
+    assert words in error and error.startswith("lopa: ") and error.count("\n") == 1 and "Traceback" not in error
+
+
+def test_refusals_of_the_server_are_one_line(address: str, capsys: Capture) -> None:
+    assert run("generate", address, "x", "--temperature", 99) == 1
+    error = capsys.readouterr().err
+    assert "temperature" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["info"], ["nonsense"], ["rollback", "folder", "x"], ["info", "a:1", "--nonsense"], ["tune", "a:1", "folder", "/no/such/file"]],
+)
+def test_wrong_usage_exits_2(arguments: list[str]) -> None:
+    assert run(*arguments) == 2
+
+
+def test_a_bad_examples_file_is_wrong_usage(address: str, tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text("{}\n")
+    assert run("tune", address, tmp_path / "me", path) == 2
+    assert "bad.jsonl:1" in capsys.readouterr().err.replace("\n", "").replace("│", "").replace(" ", "")
+
+
+def test_a_missing_part_says_what_to_install() -> None:
+    """A real process in which torch can't be imported."""
+    code = "import sys; sys.modules['torch'] = None\nfrom lopa.cli import main\nmain(['serve', '--fm', 'x', '--port', '0'])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr and "pip install" in result.stderr and f"lopa[{EXTRAS['serve']}]" in result.stderr

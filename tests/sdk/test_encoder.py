@@ -1,0 +1,90 @@
+"""The prompt encoder: order, padding and truncation don't change what a text means; graphs are held to their contract."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import lopa
+import numpy as np
+import pytest
+from lopa.bundle import Bundle, TensorSpec, digest_file
+from lopa.encoder import Moments, PromptEncoder
+
+from tests.sdk.conftest import variant
+
+TEXTS = ["import os", "def add(a, b):\n    return a + b\n", "x", "", "class Point:\n    pass\n"]
+
+
+@pytest.fixture(scope="module")
+def encoder(bundle: Bundle) -> PromptEncoder:
+    return PromptEncoder(bundle)
+
+
+def test_batches_give_what_each_text_gives_alone(encoder: PromptEncoder) -> None:
+    together = encoder.encode(TEXTS, batch_size=2)
+    for i, text in enumerate(TEXTS):
+        for name, value in encoder.encode([text]).items():
+            np.testing.assert_allclose(together[name][i], value[0], rtol=1e-4, atol=1e-5)
+    assert {name: value.shape[1:] for name, value in together.items()} == {
+        spec.name: spec.shape for spec in encoder.bundle.manifest.instance
+    }
+    assert all(len(value) == 0 for value in encoder.encode([]).values())
+
+
+@pytest.mark.parametrize(("side", "same"), [("left", "tail"), ("right", "head")])
+def test_long_texts_lose_the_side_that_the_manifest_names(bundle: Bundle, tmp_path: Path, side: str, same: str) -> None:
+    spec = dataclasses.replace(bundle.manifest.encoder, truncation_side=side)
+    encoder = PromptEncoder(variant(bundle, tmp_path / "b", encoder=spec))
+    long = " ".join(str(i) for i in range(400))
+    texts = {"tail": ["zzz " + long, "qqq " + long], "head": [long + " zzz", long + " qqq"]}
+    name = bundle.manifest.instance[0].name
+    kept, lost = (encoder.encode(texts[key])[name] for key in (same, "head" if same == "tail" else "tail"))
+    assert np.array_equal(kept[0], kept[1]) and not np.array_equal(lost[0], lost[1])
+
+
+def test_compose_and_update(encoder: PromptEncoder) -> None:
+    """A step along the gradient moves the soft prompt against it; a zero gradient moves nothing."""
+    manifest = encoder.bundle.manifest
+    instance, start = encoder.encode(TEXTS[:3]), lopa.Factors.start(encoder.bundle).tensors
+    soft = encoder.compose(instance, start)
+    assert soft.shape == (3, manifest.rows, manifest.fm.hidden_size) and soft.dtype == np.float32
+    moments = Moments.zeros(manifest.personal)
+    gradient = np.ones_like(soft)
+    settings = {"learning_rate": 1e-3, "weight_decay": 0.0, "clip": 1.0}
+    update = encoder.update(instance, start, moments, gradient, step=1, **settings)
+    assert update.gradient_norm > 0
+    assert encoder.compose(instance, update.personal).sum() < soft.sum()
+    still = encoder.update(instance, start, moments, np.zeros_like(soft), step=1, **settings)
+    assert still.gradient_norm == 0 and all(np.array_equal(still.personal[name], start[name]) for name in start)
+
+
+def test_sessions_are_made_on_first_use(bundle: Bundle) -> None:
+    encoder = PromptEncoder(bundle)
+    encoder.compose(encoder.encode(["x"]), lopa.Factors.start(bundle).tensors)
+    assert sorted(encoder._sessions) == ["compose.onnx", "encode.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"instance": (TensorSpec("y", (32,)),)}, "other outputs"),
+        ({"instance": (TensorSpec("x", (31,)),)}, "output x"),
+        ({"rows": 5}, "output soft_prompt"),
+        ({"personal": (TensorSpec("other", (2,)),)}, "other inputs"),
+    ],
+)
+def test_graphs_that_break_the_contract_are_refused(bundle: Bundle, tmp_path: Path, changes: dict[str, object], words: str) -> None:
+    encoder = PromptEncoder(variant(bundle, tmp_path / "b", **changes))
+    with pytest.raises(lopa.BundleError, match=words):
+        encoder.compose(encoder.encode(["x"]), lopa.Factors.start(bundle).tensors)
+
+
+@pytest.mark.parametrize("name", ["encode.onnx", "tokenizer.json"])
+def test_files_that_are_no_graph_are_refused(bundle: Bundle, tmp_path: Path, name: str) -> None:
+    broken = variant(bundle, tmp_path / "first")
+    broken.path(name).write_bytes(b"{}")
+    specs = {**broken.manifest.files, name: digest_file(broken.path(name))}
+    encoder = PromptEncoder(variant(broken, tmp_path / "second", files=specs))
+    with pytest.raises(lopa.BundleError, match=name):
+        encoder.encode(["x"])
