@@ -24,35 +24,38 @@ class Detokenizer:
         self._ids: list[int] = []
         self._context = 0
         """How many of _ids were completely sent; they are decoded along as context."""
-        self._sent = 0
-        """Characters of decode(_ids) that were sent."""
+        self._sent = ""
+        """The part of decode(_ids) that was sent."""
 
     def push(self, token_id: int) -> str:
         """The characters that became certain with this token; often none or several."""
         self._ids.append(token_id)
         text = self._decode(self._ids)
         pending = len(text) - len(text.rstrip(REPLACEMENT))
-        piece = text[self._sent : len(text) - min(pending, PENDING_BYTES)]
-        self._sent += len(piece)
+        overflow = len(self._ids) > WINDOW
+        if pending and not overflow and not text.startswith(self._sent):
+            return ""  # byte-fallback decoders spell a whole run of bytes as U+FFFD until its last character is complete
+        piece = text[len(self._sent) : len(text) - min(pending, PENDING_BYTES)]
+        self._sent = text[: len(self._sent) + len(piece)]
         if not pending:
-            self._restart(self._context)
+            self._restart(self._context, held=0)
             self._context = len(self._ids)
-        elif len(self._ids) > WINDOW:
-            self._restart(len(self._ids) - PENDING_BYTES - 1)
+        elif overflow:
+            self._restart(len(self._ids) - PENDING_BYTES - 1, held=len(text) - len(self._sent))
             self._context = 0
         return piece
 
     def finish(self) -> str:
         """What was held back: an incomplete character is shown as U+FFFD."""
-        piece = self._decode(self._ids)[self._sent :]
-        self._sent += len(piece)
+        text = self._decode(self._ids)
+        piece, self._sent = text[len(self._sent) :], text
         return piece
 
-    def _restart(self, start: int) -> None:
-        """Drop the ids before `start` from the window."""
-        held = len(self._decode(self._ids)) - self._sent
+    def _restart(self, start: int, held: int) -> None:
+        """Drop the ids before `start` from the window; `held` characters at its end are not sent yet."""
         self._ids = self._ids[start:]
-        self._sent = max(0, len(self._decode(self._ids)) - held)
+        text = self._decode(self._ids)
+        self._sent = text[: max(0, len(text) - held)]
 
 
 class StopChecker:

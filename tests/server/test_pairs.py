@@ -1,0 +1,118 @@
+"""Scores and gradients: equal to plain torch and transformers, whoever shares the micro-batch."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lopa_server.engine.base import PairRequest, PairResult
+from lopa_server.engine.torch_engine.engine import TorchEngine
+from transformers import AutoModelForCausalLM
+
+from tests.server.engines import collect, load, pair, run, stream
+from tests.tiny import build_tiny_fm
+
+FAMILIES = ("llama", "qwen2", "gemma", "gemma3", "gpt2", "opt")
+
+
+def _autograd(model: torch.nn.Module, request: PairRequest) -> tuple[float, np.ndarray | None]:
+    """Sum of NLL and its gradient, by the model's own loss over labels: no batching, no tricks."""
+    embed, sequence = model.get_input_embeddings(), request.input
+    soft = None if sequence.soft is None else torch.from_numpy(sequence.soft).requires_grad_()
+    after = embed(torch.tensor([*sequence.after, *request.target]))
+    parts = [embed(torch.tensor(sequence.before, dtype=torch.long)), *([] if soft is None else [soft]), after]
+    labels = torch.full((1, len(request)), -100)
+    labels[0, -len(request.target) :] = torch.tensor(request.target)
+    loss = model(inputs_embeds=torch.cat(parts)[None], labels=labels).loss * len(request.target)
+    if soft is None:
+        return float(loss), None
+    loss.backward()
+    return float(loss), soft.grad.numpy()
+
+
+def _mixed_pairs() -> list[PairRequest]:
+    random = np.random.default_rng(1)
+    pairs = []
+    for seed in range(24):
+        tokens = int(random.integers(1, 70))
+        before = int(random.integers(0, tokens + 1)) if seed % 3 == 0 else 0
+        pairs.append(pair(seed, rows=int(random.integers(1, 12)), tokens=tokens, targets=int(random.integers(1, 20)), before=before))
+    return pairs
+
+
+def _close(found: np.ndarray, expected: np.ndarray) -> None:
+    assert found.dtype == np.float32 and found.shape == expected.shape
+    assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_of_torch(family: str, tmp_path: Path) -> None:
+    fm = build_tiny_fm(tmp_path, family=family)
+    model = AutoModelForCausalLM.from_pretrained(fm)
+    pairs = _mixed_pairs()
+    results = run(load(fm), lambda engine: engine.prompt_gradients(pairs))
+    for request, result in zip(pairs, results, strict=True):
+        nll, gradient = _autograd(model, request)
+        assert result.nll_sum == pytest.approx(nll, rel=1e-5)
+        assert result.target_tokens == len(request.target)
+        _close(result.gradient, gradient)
+
+
+def test_many_users_share_micro_batches_and_get_their_own(tiny_fm: Path) -> None:
+    users = [[pair(100 * user + index, tokens=20 + user, targets=8) for index in range(6)] for user in range(8)]
+
+    async def scenario(engine: TorchEngine) -> None:
+        alone = [[(await engine.prompt_gradients([one]))[0] for one in pairs] for pairs in users]
+        before = engine.stats().pair_batches
+        together = await asyncio.gather(*(engine.prompt_gradients(pairs) for pairs in users))
+        assert engine.stats().pair_batches - before < 8, "eight users' calls did not share micro-batches"
+        for mine, mixed in zip(alone, together, strict=True):
+            for one, two in zip(mine, mixed, strict=True):
+                assert two.nll_sum == pytest.approx(one.nll_sum, rel=1e-6)
+                _close(two.gradient, one.gradient)
+
+    run(load(tiny_fm), scenario)
+
+
+def test_scores_are_the_loss_of_transformers(tiny_fm: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_fm)
+    pairs = [*_mixed_pairs(), *(pair(seed, rows=0, tokens=9) for seed in range(4))]
+    results = run(load(tiny_fm), lambda engine: engine.score(pairs))
+    for request, result in zip(pairs, results, strict=True):
+        assert result.gradient is None
+        assert result.nll_sum == pytest.approx(_autograd(model, request)[0], rel=1e-5)
+
+
+def test_decoding_goes_on_beside_gradients(tiny_fm: Path) -> None:
+    request = stream("r", 1, max_tokens=60, logprobs=0)
+    pairs = [pair(seed, tokens=60, targets=20) for seed in range(120)]
+
+    async def scenario(engine: TorchEngine) -> None:
+        alone = await collect(engine, request)
+        tuning = asyncio.create_task(engine.prompt_gradients(pairs))
+        beside = await collect(engine, request)
+        assert beside.tokens == alone.tokens
+        assert not tuning.done(), "the stream had to wait for all gradients"
+        await tuning
+
+    run(load(tiny_fm), scenario)
+
+
+def test_a_cancelled_call_is_dropped_and_others_are_not(tiny_fm: Path) -> None:
+    pairs = [pair(seed, tokens=60, targets=20) for seed in range(200)]
+
+    async def scenario(engine: TorchEngine) -> list[PairResult]:
+        leaving = asyncio.create_task(engine.prompt_gradients(pairs))
+        staying = asyncio.create_task(engine.prompt_gradients(pairs[:3]))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        results = await staying
+        assert leaving.cancelled()
+        assert engine.stats().pairs_done < len(pairs)
+        assert engine.stats().pairs_waiting == 0
+        return results
+
+    assert len(run(load(tiny_fm), scenario)) == 3
