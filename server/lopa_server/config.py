@@ -8,6 +8,8 @@ from pathlib import Path
 
 from lopa_server.limits import ServiceLimits
 
+DTYPES = ("float32", "bfloat16")
+
 
 class ConfigError(ValueError):
     """Settings that don't fit together, or don't fit this machine or model. The message says what to do."""
@@ -56,6 +58,8 @@ class ServerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if self.dtype not in (None, *DTYPES):
+            raise ConfigError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
         if self.drain_seconds < 0:
             raise ConfigError(f"drain_seconds is {self.drain_seconds}; it can't be negative")
         if self.limits.max_virtual_tokens < 1:

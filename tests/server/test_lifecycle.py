@@ -1,0 +1,177 @@
+"""Starting, cancelling, draining, ending."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from lopa.fingerprint import fingerprint_folder
+from lopa.v1 import inference_pb2
+from lopa_server.app import ConfigError, RunningServer, ServerConfig, start_server
+from lopa_server.engine.base import UnsupportedModel
+from lopa_server.limits import ServiceLimits
+
+from tests.server.bundles import write_bundle
+from tests.server.client import Client, failure, generate_request, pair, soft_prompt, take_apart
+from tests.tiny import build_tiny_fm
+
+LONG = generate_request(soft=soft_prompt(1), max_tokens=480)
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def _until_free(server: RunningServer, client: Client) -> None:
+    """A call that takes the engine through a step, until the batch is empty: no clock, but an end."""
+    for _ in range(200):
+        client.inference.Score(inference_pb2.ScoreRequest(pairs=[pair()]))
+        if server.app.engine.stats().slots_used == 0:
+            return
+    raise AssertionError("the row was never freed")
+
+
+def test_a_client_that_leaves_frees_its_row(server: RunningServer, client: Client) -> None:
+    made = server.app.engine.stats().generated_tokens
+    call = client.inference.Generate(LONG)
+    next(call)
+    assert server.app.engine.stats().slots_used == 1
+    call.cancel()
+    _until_free(server, client)
+    assert server.app.engine.stats().generated_tokens - made < 480
+
+
+def test_a_lost_connection_frees_its_rows(server: RunningServer, client: Client) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        calls = [Client(channel).inference.Generate(LONG) for _ in range(3)]
+        for call in calls:
+            next(call)
+    _until_free(server, client)
+
+
+def test_a_deadline_frees_its_row(server: RunningServer, client: Client) -> None:
+    with pytest.raises(grpc.RpcError) as missed:
+        list(client.inference.Generate(LONG, timeout=0.05))
+    assert missed.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    _until_free(server, client)
+
+
+def _drain(server: RunningServer, seconds: float, channel: grpc.Channel) -> threading.Thread:
+    """Start draining and wait until health says so."""
+    watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+    next(watch)
+    thread = threading.Thread(target=server.stop, args=(seconds,))
+    thread.start()
+    assert next(watch).status == NOT_SERVING
+    watch.cancel()
+    return thread
+
+
+def test_draining_lets_running_streams_finish_and_refuses_new_calls(tiny_fm: Path) -> None:
+    server = start_server(ServerConfig(fm=tiny_fm, threads=1))
+    with grpc.insecure_channel(server.address) as channel:
+        client = Client(channel)
+        calls = [client.inference.Generate(LONG) for _ in range(8)]
+        tokens = [list(next(call).token_ids) for call in calls]
+        draining = _drain(server, 60, channel)
+        refused = failure(lambda: client.tokens(LONG))
+        assert (refused.code, refused.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+        assert refused.retry_seconds
+        for call, seen in zip(calls, tokens, strict=True):
+            seen += [token for delta in call for token in delta.token_ids]
+        assert [len(seen) for seen in tokens] == [480] * 8
+        draining.join(60)
+        assert not draining.is_alive()
+
+
+def test_the_drain_bound_ends_what_still_runs(tiny_fm: Path) -> None:
+    server = start_server(ServerConfig(fm=tiny_fm, threads=1))
+    with grpc.insecure_channel(server.address) as channel:
+        calls = [Client(channel).inference.Generate(LONG) for _ in range(8)]
+        for call in calls:
+            next(call)
+        _drain(server, 0, channel).join(60)
+        with pytest.raises(grpc.RpcError) as ended:
+            list(calls[0])
+        assert take_apart(ended.value).reason == "DRAINING"
+    server.stop()
+
+
+def test_sigterm_ends_the_command_after_its_streams(tiny_fm: Path, tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    command = [sys.executable, "-m", "lopa.cli", "serve", "--fm", str(tiny_fm), "--port", "0", "--threads", "1"]
+    process = subprocess.Popen([*command, "--ready-file", str(ready)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("Serving llama on 127.0.0.1:"), line + process.stderr.read()
+        address = ready.read_text()
+        assert address == line.split()[-1]
+        with grpc.insecure_channel(address) as channel:
+            call = Client(channel).inference.Generate(LONG)
+            tokens = list(next(call).token_ids)
+            process.send_signal(signal.SIGTERM)
+            tokens += [token for delta in call for token in delta.token_ids]
+        assert len(tokens) == 480
+        assert process.wait(60) == 0
+        assert not ready.exists()
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _other_model(tmp_path: Path, tiny_fm: Path) -> ServerConfig:
+    return ServerConfig(fm=tiny_fm, bundle=write_bundle(tmp_path / "bundle", fingerprint="0" * 64).folder)
+
+
+def _many_rows(tmp_path: Path, tiny_fm: Path) -> ServerConfig:
+    bundle = write_bundle(tmp_path / "bundle", fingerprint=fingerprint_folder(tiny_fm), rows=70)
+    return ServerConfig(fm=tiny_fm, bundle=bundle.folder)
+
+
+def _damaged(tmp_path: Path, tiny_fm: Path) -> ServerConfig:
+    bundle = write_bundle(tmp_path / "bundle", fingerprint=fingerprint_folder(tiny_fm))
+    (bundle.folder / "encode.onnx").write_bytes(b"changed")
+    return ServerConfig(fm=tiny_fm, bundle=bundle.folder)
+
+
+BAD_STARTS: dict[str, tuple[Callable[[Path, Path], ServerConfig], type[Exception], str]] = {
+    "another model's bundle": (_other_model, ConfigError, "was made for tiny"),
+    "a bundle of too many rows": (_many_rows, ConfigError, "max_virtual_tokens is 64"),
+    "a damaged bundle": (_damaged, ConfigError, "encode.onnx"),
+    "no model": (lambda tmp, _: ServerConfig(fm=tmp), FileNotFoundError, "config.json"),
+    "everybody may connect": (lambda _, fm: ServerConfig(fm=fm, host="0.0.0.0"), ConfigError, "insecure"),
+    "no batch": (lambda _, fm: ServerConfig(fm=fm, max_batch=0), ConfigError, "max_batch"),
+    "no rows": (lambda _, fm: ServerConfig(fm=fm, limits=ServiceLimits(max_virtual_tokens=0)), ConfigError, "max_virtual_tokens"),
+    "unknown dtype": (lambda _, fm: ServerConfig(fm=fm, dtype="float8"), ConfigError, "float8"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_STARTS)
+def test_a_server_that_would_be_wrong_does_not_start(name: str, tiny_fm: Path, tmp_path: Path) -> None:
+    make, error, text = BAD_STARTS[name]
+    with pytest.raises(error, match=text):
+        start_server(make(tmp_path, tiny_fm))
+
+
+def test_a_taken_port_is_an_error(server: RunningServer, tiny_fm: Path) -> None:
+    with pytest.raises(ConfigError, match="can't listen"):
+        start_server(ServerConfig(fm=tiny_fm, port=int(server.address.rpartition(":")[2])))
+
+
+def test_an_architecture_that_batches_wrongly_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaModel
+
+    fm = build_tiny_fm(tmp_path)
+    forward = LlamaModel.forward
+
+    def deaf(self: LlamaModel, *arguments: object, **inputs: object) -> object:
+        return forward(self, *arguments, **{**inputs, "position_ids": None})
+
+    monkeypatch.setattr(LlamaModel, "forward", deaf)
+    with pytest.raises(UnsupportedModel, match="logits differ"):
+        start_server(ServerConfig(fm=fm))
