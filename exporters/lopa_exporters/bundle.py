@@ -83,7 +83,7 @@ def _write_files(folder: Path, encoder: Encoder | NoEncoder, lopa: LoPA, dtype: 
     """Everything but the manifest; each graph is verified as soon as it is written."""
     encoder.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     encode, compose, update = (folder / f"{name}.onnx" for name in ("encode", "compose", "update"))
-    graphs.export_encode(encoder, encode)
+    graphs.export_encode(encoder, encoder.config.max_tokens, encode)
     verify.verify_encode(encode, encoder, encoder.width, encoder.tokenizer.get_vocab_size(), encoder.config.max_tokens)
     graphs.export_compose(lopa, compose)
     verify.verify_compose(compose, lopa)

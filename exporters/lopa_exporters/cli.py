@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -61,8 +60,8 @@ def export(
     seed: Annotated[int, typer.Option(help="Of start values and order.")] = 0,
 ) -> None:
     """Make a bundle for a foundation model: train the shared part on a population, export the graphs, verify them against torch."""
-    quiet()
     from lopa.bundle import TuningDefaults
+    from transformers.utils import logging as chatter
 
     from lopa_exporters.cohort import StepSettings
     from lopa_exporters.encoder import EncoderConfig
@@ -72,6 +71,8 @@ def export(
     from lopa_exporters.population import PopulationConfig
     from lopa_exporters.verify import ExportError
 
+    chatter.disable_progress_bar()
+    chatter.set_verbosity_error()
     try:
         folder = resolve_folder(fm)
         own = encoder == "fm"
@@ -131,18 +132,6 @@ def parse_corrections(text: str) -> dict[str, int]:
     if any(not name or not rank.isdecimal() for name, _, rank in pairs):
         raise ValueError(f'corrections is {text!r}; a list such as "W1u=1,W2v=2", or "none", is needed')
     return {name.strip(): int(rank) for name, _, rank in pairs}
-
-
-def quiet() -> None:
-    """Libraries' chatter is not for users of this command; our own errors and progress are."""
-    import logging
-
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 class TerminalReporter:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lopa_exporters.graphs import MOMENTS, adamw
+from lopa_exporters.graphs import MOMENTS, AdamFactors, adam_factors, adamw
 from lopa_exporters.lopa import LoPAConfig, Tensors, soft_prompt
 
 
@@ -49,16 +49,17 @@ class Cohort:
         as on a device; 0 keeps it constant. Returns the norms before clipping, (p',).
         """
         norms = torch.stack([gradient.flatten(1).square().sum(dim=1) for gradient in gradients.values()]).sum(dim=0).sqrt()
-        factors = (settings.clip / (norms + 1e-6)).clamp(max=1.0)
+        scales = (settings.clip / (norms + 1e-6)).clamp(max=1.0)
         rates = settings.learning_rate * (1 - self.ages[who].float() / lifetime if lifetime else torch.ones(len(who)))
         self.ages[who] += 1
+        factors = adam_factors(rates, torch.tensor(settings.weight_decay), self.ages[who].float())
         for name, gradient in gradients.items():
             spread = (-1, *[1] * (gradient.dim() - 1))
-            state = {f"{moment}.{name}": self.tensors[f"{moment}.{name}"][who] for moment in MOMENTS}
-            state |= {"learning_rate": rates.reshape(spread), "weight_decay": torch.tensor(settings.weight_decay)}
-            state |= {"step": self.ages[who].float().reshape(spread)}
-            results = adamw(self.tensors[name][who], factors.reshape(spread) * gradient, state, name)
-            for key, result in zip((name, *(f"{moment}.{name}" for moment in MOMENTS)), results, strict=True):
+            keys = (name, *(f"{moment}.{name}" for moment in MOMENTS))
+            parameter, first, second = (self.tensors[key][who] for key in keys)
+            own = AdamFactors(*(factor.reshape(spread) for factor in factors))
+            results = adamw(parameter, scales.reshape(spread) * gradient, first, second, own)
+            for key, result in zip(keys, results, strict=True):
                 self.tensors[key][who] = result
         return norms
 

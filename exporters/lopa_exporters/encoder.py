@@ -84,6 +84,9 @@ class Encoder(nn.Module):
         if config.layers:
             keep_first_layers(backbone, config.layers)
         backbone.config.use_cache = False
+        positions = getattr(backbone.config, "max_position_embeddings", config.max_tokens)
+        if config.max_tokens > positions:
+            raise ValueError(f"max_tokens is {config.max_tokens}; the encoder {config.label} has {positions} positions")
         fast = AutoTokenizer.from_pretrained(config.folder)
         if not fast.is_fast:
             raise ValueError(f"{config.folder} has no tokenizer.json: the device needs a fast tokenizer")

@@ -8,10 +8,14 @@ Legend: b batch, t tokens, m rows, d hidden size, h encoder width.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,22 +67,41 @@ def update_function(lopa: LoPA) -> Flat:
         _, vjp = torch.func.vjp(lambda tensors: soft_prompt(lopa.config, shared, tensors, values[INSTANCE]), personal)
         (gradients,) = vjp(values["gradient"])
         norm = torch.stack([gradients[name].square().sum() for name in names]).sum().sqrt()
-        factor = (values["clip"] / (norm + 1e-6)).clamp(max=1.0)
-        stepped = {name: adamw(personal[name], factor * gradients[name], values, name) for name in names}
+        scale = (values["clip"] / (norm + 1e-6)).clamp(max=1.0)
+        factors = adam_factors(values["learning_rate"], values["weight_decay"], values["step"])
+        stepped = {
+            name: adamw(personal[name], scale * gradients[name], values[f"exp_avg.{name}"], values[f"exp_avg_sq.{name}"], factors)
+            for name in names
+        }
         return (*(stepped[name][i] for i in range(3) for name in names), norm)
 
     return flat
 
 
-def adamw(parameter: Tensor, gradient: Tensor, values: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor, Tensor]:
+class AdamFactors(NamedTuple):
+    """What a step of AdamW needs besides tensors and gradients: scalars, or tensors that broadcast against them."""
+
+    stride: Tensor
+    """Learning rate over the first moment's bias correction, times EXACT_SCALE."""
+    keep: Tensor
+    """What decoupled weight decay leaves of a parameter."""
+    correction: Tensor
+    """The second moment's bias correction."""
+
+
+def adam_factors(learning_rate: Tensor, weight_decay: Tensor, step: Tensor) -> AdamFactors:
+    """For a step counted from 1."""
+    stride = EXACT_SCALE * learning_rate / bias_correction(BETA1, step)
+    return AdamFactors(stride, 1 - learning_rate * weight_decay, bias_correction(BETA2, step))
+
+
+def adamw(parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, factors: AdamFactors) -> tuple[Tensor, Tensor, Tensor]:
     """One step of AdamW (Loshchilov and Hutter 2019; torch.optim.AdamW): new parameter, new exp_avg, new exp_avg_sq."""
-    rate, step = values["learning_rate"], values["step"]
-    first = BETA1 * values[f"exp_avg.{name}"] + (1 - BETA1) * gradient
-    second = BETA2 * values[f"exp_avg_sq.{name}"] + (1 - BETA2) * gradient * gradient
+    first = BETA1 * first + (1 - BETA1) * gradient
+    second = BETA2 * second + (1 - BETA2) * gradient * gradient
     # The graph optimizer takes `+ 1e-8` for an addition of zero and drops it; so both sides of the fraction are scaled by a power of two.
-    denominator = EXACT_SCALE * (second / bias_correction(BETA2, step)).sqrt() + EXACT_SCALE * EPSILON
-    decayed = parameter * (1 - rate * values["weight_decay"])
-    return decayed - rate * (EXACT_SCALE * first / bias_correction(BETA1, step)) / denominator, first, second
+    denominator = EXACT_SCALE * (second / factors.correction).sqrt() + EXACT_SCALE * EPSILON
+    return factors.keep * parameter - factors.stride * first / denominator, first, second
 
 
 def bias_correction(beta: float, step: Tensor) -> Tensor:
@@ -103,19 +126,22 @@ class _Bound(nn.Module):
         return self.function(*inputs, *self.buffers())
 
 
-def export_encode(encoder: nn.Module, path: Path) -> None:
-    """input_ids, attention_mask (b, t) int64 -> x (b, h)."""
-    ids = torch.ones((2, 7), dtype=torch.int64)
+def export_encode(encoder: nn.Module, max_tokens: int, path: Path) -> None:
+    """input_ids, attention_mask (b, t) int64 -> x (b, h), t up to max_tokens."""
+    length = max(2, min(7, max_tokens - 1))
+    ids = torch.ones((5, length), dtype=torch.int64)
     mask = torch.ones_like(ids)
-    mask[1, 4:] = 0
-    axes = {0: "batch", 1: "tokens"}
+    mask[1, length // 2 :] = 0
+    # Backbones with absolute positions are bounded; the lower bound 2 is the tracer's wish, and one token is verified all the same.
+    tokens = torch.export.Dim("tokens", min=2, max=max(max_tokens, 3))
+    axes = {0: torch.export.Dim("batch", min=1), 1: tokens}
     _export(encoder, (ids, mask), {"input_ids": axes, "attention_mask": axes}, [INSTANCE], path)
 
 
 def export_compose(lopa: LoPA, path: Path) -> None:
     """x, personal tensors -> soft_prompt (b, m, d)."""
     inputs = (torch.randn(3, lopa.config.features), *lopa.start.values())
-    axes = {INSTANCE: {0: "batch"}, **{name: {} for name in lopa.start}}
+    axes = {INSTANCE: {0: torch.export.Dim("batch", min=1)}, **{name: {} for name in lopa.start}}
     _export(_Bound(compose_function(lopa), lopa.shared), inputs, axes, ["soft_prompt"], path)
 
 
@@ -123,9 +149,13 @@ def export_update(lopa: LoPA, path: Path) -> None:
     """See `lopa.bundle`."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    inputs = update_example(lopa, batch=3, generator=torch.Generator().manual_seed(0))
+    # The tracer takes sizes that are equal in the example for equal for ever, so the batch must be a size that occurs nowhere else.
+    sizes = {size for shape in (*lopa.config.full_shapes().values(), *lopa.config.personal_shapes().values()) for size in shape}
+    unlike = next(size for size in itertools.count(5) if size not in sizes | {lopa.config.soft_prompt_rows, lopa.config.features})
+    inputs = update_example(lopa, batch=unlike, generator=torch.Generator().manual_seed(0))
     flat = make_fx(update_function(lopa), tracing_mode="symbolic")(*inputs, *lopa.shared.values())
-    axes = {name: {0: "batch"} if name in (INSTANCE, "gradient") else {} for name in update_input_names(lopa)}
+    batch = {0: torch.export.Dim("batch", min=1)}
+    axes = {name: batch if name in (INSTANCE, "gradient") else {} for name in update_input_names(lopa)}
     _export(_Bound(flat, lopa.shared), inputs, axes, update_output_names(lopa), path)
 
 
@@ -144,18 +174,17 @@ def update_example(lopa: LoPA, batch: int, generator: torch.Generator) -> tuple[
 
 
 def _export(
-    module: nn.Module, inputs: tuple[Tensor, ...], axes: Mapping[str, Mapping[int, str]], outputs: Sequence[str], path: Path
+    module: nn.Module, inputs: tuple[Tensor, ...], axes: Mapping[str, Mapping[int, Any]], outputs: Sequence[str], path: Path
 ) -> None:
     """Trace, convert, strip, write.
 
-    axes: for every input, in order, its dynamic axes by name.
+    axes: for every input, in order, its dynamic axes as torch.export.Dim.
     """
     import onnx
 
-    free = {name: torch.export.Dim(name, min=1) for dynamic in axes.values() for name in dynamic.values()}
-    shapes: Any = tuple({axis: free[name] for axis, name in dynamic.items()} for dynamic in axes.values())
+    shapes: Any = tuple(axes.values())
     shapes = (shapes,) if isinstance(module, _Bound) else shapes
-    with torch.no_grad():
+    with torch.no_grad(), _quiet():
         exported = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
         program = torch.onnx.export(
             exported,
@@ -172,12 +201,26 @@ def _export(
     onnx.save(model, path)
 
 
-def _name_axes(graph: Any, axes: Mapping[str, Mapping[int, str]]) -> None:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The tracer tells of operators of packages that are not installed, and warns of its own deprecated calls: nothing for our users."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _name_axes(graph: Any, axes: Mapping[str, Mapping[int, Any]]) -> None:
     """Give inputs' and outputs' dynamic axes the contract's names in place of the tracer's symbols."""
     names = {}
     for value in graph.input:
-        for axis, name in axes[value.name].items():
-            names[value.type.tensor_type.shape.dim[axis].dim_param] = name
+        for axis, dim in axes[value.name].items():
+            names[value.type.tensor_type.shape.dim[axis].dim_param] = dim.__name__
     for value in (*graph.input, *graph.output):
         for dim in value.type.tensor_type.shape.dim:
             if dim.HasField("dim_param"):

@@ -1,0 +1,89 @@
+"""Features: what a text gives never depends on its neighbours, and the causal encoder is the model's own first layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from lopa_exporters.encoder import Encoder, EncoderConfig, pool
+from lopa_exporters.graphs import export_encode
+from lopa_exporters.verify import verify_encode
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, PreTrainedTokenizerFast
+
+from tests.tiny import train_tokenizer
+
+TEXTS = ["import os", "def add(a, b):\n    return a + b\n", "x", "class Point:\n" * 20]
+
+
+@pytest.fixture(scope="module")
+def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BERT of two layers with absolute positions."""
+    folder = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 40}
+    BertModel(BertConfig(vocab_size=300, **sizes), add_pooling_layer=False).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=train_tokenizer(300), pad_token="<|pad|>").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+def test_texts_do_not_depend_on_their_batch(fm_folder: Path, pooling: str) -> None:
+    encoder = Encoder.load(EncoderConfig(folder=str(fm_folder), layers=1, pooling=pooling, max_tokens=24))
+    together = encoder.encode(TEXTS)
+    alone = torch.cat([encoder.encode([text]) for text in TEXTS])
+    assert torch.allclose(together, alone, atol=1e-6)
+
+
+def test_the_model_s_first_layers_are_its_own_hidden_states(fm_folder: Path) -> None:
+    encoder = Encoder.load(EncoderConfig(folder=str(fm_folder), layers=1, normalize=False))
+    model = AutoModelForCausalLM.from_pretrained(fm_folder)
+    ids = torch.tensor(encoder.tokenize([TEXTS[1]]))
+    with torch.no_grad():
+        states = model(input_ids=ids, output_hidden_states=True).hidden_states[1]
+        expected = model.model.norm(states).mean(dim=1)
+    assert torch.allclose(encoder(ids, torch.ones_like(ids)), expected, atol=1e-5)
+
+
+def test_a_text_encoder_exports_for_every_length(bert_folder: Path, tmp_path: Path) -> None:
+    encoder = Encoder.load(EncoderConfig(folder=str(bert_folder), pooling="cls", max_tokens=40))
+    encoder.standardize(encoder.encode(TEXTS))
+    export_encode(encoder, encoder.config.max_tokens, tmp_path / "encode.onnx")
+    verify_encode(tmp_path / "encode.onnx", encoder, 24, 300, 40)
+
+
+def test_standardized_features_have_unit_variance(fm_folder: Path) -> None:
+    encoder = Encoder.load(EncoderConfig(folder=str(fm_folder), layers=1))
+    texts = [f"value_{i} = {i * i}\nfor x in range({i}):" for i in range(50)]
+    first = encoder.restandardize(encoder.encode(texts))
+    assert first.mean(dim=0).abs().max() < 1e-5
+    assert (first.std(dim=0, correction=0) - 1).abs().max() < 1e-2
+    assert torch.allclose(encoder.encode(texts), first, atol=1e-4)
+    again = encoder.restandardize(encoder.encode(texts))
+    assert torch.allclose(again, first, atol=1e-3)
+
+
+@pytest.mark.parametrize(("side", "kept"), [("left", slice(-5, None)), ("right", slice(0, 5))])
+def test_long_texts_lose_the_configured_side(fm_folder: Path, side: str, kept: slice) -> None:
+    short = Encoder.load(EncoderConfig(folder=str(fm_folder), layers=1, max_tokens=5, truncation_side=side))
+    whole = Encoder.load(EncoderConfig(folder=str(fm_folder), layers=1, max_tokens=500))
+    assert short.tokenize(TEXTS[3:]) == [whole.tokenize(TEXTS[3:])[0][kept]]
+
+
+def test_pooling_reads_real_tokens_only() -> None:
+    states = torch.arange(12.0).reshape(1, 4, 3)
+    mask = torch.tensor([[1, 1, 1, 0]])
+    assert pool("mean", states, mask).tolist() == [[3.0, 4.0, 5.0]]
+    assert pool("cls", states, mask).tolist() == [[0.0, 1.0, 2.0]]
+    assert pool("last", states, mask).tolist() == [[6.0, 7.0, 8.0]]
+
+
+@pytest.mark.parametrize("settings", [{"pooling": "max"}, {"truncation_side": "middle"}, {"max_tokens": 0}])
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        EncoderConfig(folder="x", **settings)  # type: ignore[arg-type]
+
+
+def test_more_layers_than_there_are_is_an_error(fm_folder: Path) -> None:
+    with pytest.raises(ValueError, match="layers is 3; the backbone has 2"):
+        Encoder.load(EncoderConfig(folder=str(fm_folder), layers=3))
