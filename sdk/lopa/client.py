@@ -182,7 +182,9 @@ class Client:
         scores: list[PairScore] = []
         for batch in self._batches(pairs, dtype, placement):
             request = inference_pb2.ScoreRequest(pairs=batch, fm_fingerprint=self.model.fingerprint)
-            reply = self._link.unary(self._link.inference.Score, request, timeout=timeout or self.config.timeout, meter=self._meter)
+            reply = self._link.unary(
+                self._link.inference.Score, request, timeout=self.config.timeout if timeout is None else timeout, meter=self._meter
+            )
             revision = self._revision(_first_revision(reply.scores))
             scores += replies.check_scores(reply.scores, batch, revision)
         return scores
@@ -208,7 +210,9 @@ class Client:
         gradients: list[PairGradient] = []
         for batch in self._batches(pairs, dtype, placement, max_pairs=max_pairs, reply_dtype=code):
             request = tuning_pb2.PromptGradientsRequest(pairs=batch, gradient_dtype=code, fm_fingerprint=self.model.fingerprint)
-            reply = self._link.unary(self._link.tuning.PromptGradients, request, timeout=timeout or self.config.timeout, meter=self._meter)
+            reply = self._link.unary(
+                self._link.tuning.PromptGradients, request, timeout=self.config.timeout if timeout is None else timeout, meter=self._meter
+            )
             revision = self._revision(_first_revision(reply.gradients))
             gradients += replies.check_gradients(reply.gradients, batch, revision, code)
         return gradients
