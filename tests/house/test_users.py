@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-
-from lopa.demo.users import HELD_OUT, STDLIB_USERS, TASKS, NoSuchUser, TaskSizes, build_task, load_task
+from lopa.demo.users import HELD_OUT, STDLIB_USERS, TASKS, Item, NoSuchUser, TaskSizes, build_task, load_task
 
 SPLIT = Path(__file__).resolve().parents[2] / "training" / "split.json"
 
@@ -35,15 +34,16 @@ def test_items_are_reproducible_and_disjoint(task: str) -> None:
 
 
 def test_filing_tests_every_module_on_its_last_part() -> None:
-    modules = {f"part{i}": "".join(f"def function_{i}_{line}(value):\n    return value + {line}\n" for line in range(200)) for i in range(4)}
+    numbered = range(200)
+    modules = {f"part{i}": "".join(f"def function_{i}_{n}(value):\n    return value + {n}\n" for n in numbered) for i in range(4)}
     data = build_task("somebody", "filing", modules, TaskSizes(), seed=0)
     assert set(data.labels) == {item.target for item in data.test} == {item.target for item in data.tuning} == set(modules)
 
-    def lines(items: tuple[object, ...]) -> dict[str, set[int]]:
+    def lines(items: tuple[Item, ...]) -> dict[str, set[int]]:
         found: dict[str, set[int]] = {}
         for item in items:
-            numbers = [int(word.split("(")[0].split("_")[2]) for word in item.prompt.split("def ")[1:]]  # type: ignore[attr-defined]
-            found.setdefault(item.target, set()).update(numbers)  # type: ignore[attr-defined]
+            numbers = [int(word.split("(")[0].split("_")[2]) for word in item.prompt.split("def ")[1:]]
+            found.setdefault(item.target, set()).update(numbers)
         return found
 
     tuned, tested = lines(data.tuning), lines(data.test)

@@ -114,7 +114,9 @@ def _completion(user: str, modules: dict[str, str], sizes: TaskSizes, rng: rando
     names = [name for name, text in modules.items() if len(text) >= sizes.min_module_chars]
     rng.shuffle(names)
     cut = {name: _cut_completions(modules[name], sizes) for name in names}
-    wanted, tuning, test = sum(map(len, cut.values())) * sizes.test_files_part, [], []
+    wanted = sum(map(len, cut.values())) * sizes.test_files_part
+    tuning: list[Item] = []
+    test: list[Item] = []
     for name in names:
         (test if len(test) < wanted else tuning).extend(cut[name])
     seen = {line.strip() for item in tuning for line in (item.prompt + item.target).splitlines()}
@@ -148,7 +150,8 @@ def _filing(user: str, modules: dict[str, str], sizes: TaskSizes, rng: random.Ra
     labels = tuple(large[: sizes.max_modules])
     if len(labels) < 3:
         return TaskData(user, "filing", (), (), labels)
-    tuning, test = [], []
+    tuning: list[Item] = []
+    test: list[Item] = []
     for name in labels:
         text = modules[name]
         end, start = int(len(text) * sizes.tuning_part), int(len(text) * (sizes.tuning_part + sizes.gap_part))
