@@ -13,7 +13,8 @@ HEAD = f"""# Errors on the wire
 
 Every failure has one reason, one gRPC status and one message. The reason travels as `google.rpc.ErrorInfo` of domain
 `{DOMAIN}`, with the field, the limit and what was found in its metadata; INVALID_ARGUMENT also has a `google.rpc.BadRequest`,
-and what is worth trying again a `google.rpc.RetryInfo`. In Python, `lopa.errors` has an exception for each. Made by `python scripts/generate_error_table.py`.
+and what is worth trying again a `google.rpc.RetryInfo`.
+In Python, `lopa.errors` has an exception for each. Made by `python scripts/generate_error_table.py`.
 
 | reason | gRPC status | message |
 | --- | --- | --- |
