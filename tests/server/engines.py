@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 def load(fm: Path, *, prefill_positions: int | None = None, **fields: Any) -> TorchEngine:
     """An engine of one thread. prefill_positions: small values make long prompts come in several pieces."""
-    engine_fields = {name: fields.pop(name) for name in ("max_waiting", "max_waiting_pairs") if name in fields}
+    engine_fields = {name: fields.pop(name) for name in ("max_waiting", "max_waiting_pairs", "dtype") if name in fields}
     step = None if prefill_positions is None else prefill_positions // 2
     return TorchEngine.load(TorchEngineConfig(str(fm), threads=1, limits=SchedulerLimits(**fields), step_positions=step, **engine_fields))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import subprocess
 import sys
@@ -10,12 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import grpc
+import lopa_server.warmup
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from lopa.fingerprint import fingerprint_folder
-from lopa.v1 import inference_pb2
+from lopa.v1 import catalog_pb2, inference_pb2
 from lopa_server.app import ConfigError, RunningServer, ServerConfig, start_server
-from lopa_server.engine.base import UnsupportedModel
+from lopa_server.engine.base import Engine, UnsupportedModel
 from lopa_server.limits import ServiceLimits
 
 from tests.server.bundles import write_bundle
@@ -122,6 +124,39 @@ def test_sigterm_ends_the_command_after_its_streams(tiny_fm: Path, tmp_path: Pat
     finally:
         process.kill()
         process.communicate()
+
+
+def test_calls_are_refused_until_the_warm_up_is_done(tiny_fm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    warm_up = lopa_server.warmup.warm_up
+
+    def look(server: RunningServer) -> None:
+        with grpc.insecure_channel(server.address) as channel:
+            seen.append(health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest()).status)
+            seen.append(failure(lambda: Client(channel).tokens(LONG)).reason)
+            seen.append(failure(lambda: Client(channel).catalog.GetModel(catalog_pb2.GetModelRequest())).reason)
+
+    async def observed(engine: Engine) -> None:
+        await asyncio.to_thread(look, server)
+        await warm_up(engine)
+
+    monkeypatch.setattr(lopa_server.warmup, "warm_up", observed)
+    server = RunningServer(ServerConfig(fm=tiny_fm, threads=1))
+    server.start()
+    server.stop()
+    assert seen == [NOT_SERVING, "STARTING", "STARTING"]
+
+
+def test_a_failed_start_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lopa.cli", "serve", "--fm", str(tmp_path), "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "config.json" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_the_command_is_listed_without_torch() -> None:
+    code = "import sys, lopa_server.cli, lopa_server.config; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False False\n"
 
 
 def _other_model(tmp_path: Path, tiny_fm: Path) -> ServerConfig:

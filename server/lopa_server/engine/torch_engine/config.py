@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from lopa_server.engine.scheduler import SchedulerLimits
 
-STEP_POSITIONS = {"cpu": 1024, "cuda": 16384}
+STEP_POSITIONS = {"cpu": 1536, "cuda": 16384}
 """A CPU is as fast with a micro-batch of this size as with a larger one; a GPU needs more to be busy."""
 
 

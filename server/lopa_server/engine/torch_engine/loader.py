@@ -10,6 +10,7 @@ import torch
 from lopa.fingerprint import fingerprint_folder
 
 from lopa_server.engine.base import EngineSpec, UnsupportedModel
+from lopa_server.engine.torch_engine.attention import use_products_for_gradients
 from lopa_server.engine.torch_engine.masks import MaskMaker
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -89,6 +90,8 @@ def load_foundation_model(fm: str | Path, *, dtype: str | None = None, device: s
     if model.get_output_embeddings() is None:
         raise UnsupportedModel(f"{model.config.model_type}: it has no output head of its own")
     eager = model.config._attn_implementation == "eager"
+    if place.type == "cpu" and name == "bfloat16" and not eager:
+        use_products_for_gradients(model)
     masks = MaskMaker(model.config, additive=DTYPES[name] if eager else None)
     spec = _spec(str(fm), folder, model, tokenizer, name)
     return FoundationModel(model, tokenizer, spec, place, DTYPES[name], masks)
