@@ -28,7 +28,7 @@ demo: $(VENV)/.demo  ## eight users tune at the same time, then generate in one 
 	$(BIN)/lopa demo $(ARGS)
 
 test: $(VENV)/.dev  ## every test that needs no patience (all of them: make test ARGS="-m ''")
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(VENV)/.dev  ## format, lint, types, generated code
 	$(BIN)/ruff format --check .

@@ -35,13 +35,14 @@ METHOD = LoPAConfig(
     rows=10,
     rank=4,
     head_width=64,
-    z_rank=4,
+    z_rank=8,
+    z_gain=0.3,  # about three times the embeddings' root mean square: prompt tuning needs rows that go far
     corrections={"W1u": 2, "W2u": 4, "W1v": 2, "W2v": 8},
     inner_std=0.06,
     output_std=0.2,
     dropout=0.05,
 )
-TUNING = TuningDefaults(learning_rate=3e-2, steps=80, batch_size=8)
+TUNING = TuningDefaults(learning_rate=3e-2, steps=100, batch_size=8)
 TEST_ITEMS = 48
 
 
@@ -75,7 +76,7 @@ def main() -> None:
     parser.add_argument("--people", type=Path, default=Path("build/people"), help="folder made by people.py")
     parser.add_argument("--out", type=Path, default=Path("build/lopa_nano_bundle"))
     parser.add_argument("--run", type=Path, default=Path("build/lopa_nano_bundle.run"))
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--persons", type=int, default=4, help="in one step")
     parser.add_argument("--shared-rate", type=float, default=2e-3)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="train under bfloat16 autocast")
@@ -91,7 +92,7 @@ def main() -> None:
         shared_rate=args.shared_rate,
     )
     encoder_config = EncoderConfig(folder=str(args.encoder), name="lopa-nano-encoder")
-    plan = ExportPlan(fm=args.fm, out=args.out, encoder=encoder_config, method=METHOD, bf16=args.bf16)
+    plan = ExportPlan(fm=args.fm, out=args.out, encoder=encoder_config, method=METHOD, gain_from_vocabulary=False, bf16=args.bf16)
     reporter = TerminalReporter()
     fm = FrozenModel.load(plan.fm, bf16=plan.bf16)
     encoder = load_encoder(plan.encoder, plan.method, fm)
