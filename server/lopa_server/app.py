@@ -14,7 +14,7 @@ import tempfile
 import threading
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -30,6 +30,9 @@ from lopa_server.service.handlers import RequestHandlers
 from lopa_server.service.servicers import NAMES, CatalogServicer, Handlers, InferenceServicer, TuningServicer
 from lopa_server.tokenizing import PromptTokenizer
 from lopa_server.validation.requests import RequestChecker
+
+if TYPE_CHECKING:
+    from lopa_server.engine.torch_engine.engine import TorchEngine
 
 __all__ = ["ConfigError", "RunningServer", "ServerApp", "ServerConfig", "start_server"]
 
@@ -48,8 +51,12 @@ class ServerApp:
         self._config = config
         self.address = ""
         """host:port, once started."""
-        self.engine: Any = None
+        self.engine: TorchEngine | None = None
         """The running engine, once started."""
+        self.broken = asyncio.Event()
+        """Set when the engine died by itself: nothing can be answered any more, the process should end."""
+        self._watching: asyncio.Task[None] | None = None
+        self._closing = False
         self._gate: Gate | None = None
         self._health = health.aio.HealthServicer()
         self._handlers = Handlers()
@@ -113,6 +120,7 @@ class ServerApp:
         engine = await asyncio.to_thread(load_engine, self._config)
         engine.start()
         self.engine = engine
+        self._watching = asyncio.create_task(self._watch(engine))
         published = None
         if bundle is not None:
             _check_bundle(bundle, engine.spec, self._config)
@@ -127,9 +135,22 @@ class ServerApp:
         self._handlers.requests = RequestHandlers(engine, checker, model_revision(engine.spec, version))
         await warm_up(engine)
 
+    async def _watch(self, engine: TorchEngine) -> None:
+        """Tell health when the engine ends without having been asked to."""
+        await engine.wait_ended()
+        if self._closing:
+            return
+        log.critical("the engine has died: nothing can be answered any more")
+        self._state(State.DRAINING)
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self.broken.set()
+
     async def _close(self) -> None:
+        self._closing = True
         if self.engine is not None:
             await self.engine.stop()
+        if self._watching is not None:
+            await self._watching
         if self._server is not None:
             await self._server.stop(ABORT_SECONDS)
             self._server = None

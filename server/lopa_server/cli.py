@@ -79,6 +79,10 @@ async def _serve(config: ServerConfig) -> None:
         return
     await starting
     typer.echo(f"Serving {app.name} on {app.address}")
-    await stopping
+    broken = asyncio.create_task(app.broken.wait())
+    await asyncio.wait({stopping, broken}, return_when=asyncio.FIRST_COMPLETED)
     typer.echo("Draining: new calls are refused, running ones may finish.", err=True)
     await app.drain()
+    if app.broken.is_set():
+        fail("the engine died; the log above says why. Start the server again")
+    broken.cancel()

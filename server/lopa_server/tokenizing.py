@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +12,10 @@ class ChatError(ValueError):
 
 
 class PromptTokenizer:
-    """Wraps a Hugging Face tokenizer. Not for several threads at once: tokenizers carry state."""
+    """A Hugging Face tokenizer of its own, for one thread: encoding may change a tokenizer's settings in passing."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer = copy.deepcopy(tokenizer)
         self._longest = max((len(token.encode()) for token in tokenizer.get_vocab()), default=1)
 
     @property

@@ -18,6 +18,7 @@ from lopa.fingerprint import fingerprint_folder
 from lopa.v1 import catalog_pb2, inference_pb2
 from lopa_server.app import ConfigError, RunningServer, ServerConfig, start_server
 from lopa_server.engine.base import Engine, UnsupportedModel
+from lopa_server.engine.scheduler import Scheduler
 from lopa_server.limits import ServiceLimits
 
 from tests.server.bundles import write_bundle
@@ -145,6 +146,29 @@ def test_calls_are_refused_until_the_warm_up_is_done(tiny_fm: Path, monkeypatch:
     server.start()
     server.stop()
     assert seen == [NOT_SERVING, "STARTING", "STARTING"]
+
+
+def test_a_full_queue_is_told_with_a_time_to_come_back(tiny_fm: Path) -> None:
+    config = ServerConfig(fm=tiny_fm, threads=1, max_batch=1, max_waiting=1)
+    with start_server(config) as server, grpc.insecure_channel(server.address) as channel:
+        client = Client(channel)
+        running, waiting = client.inference.Generate(LONG), client.inference.Generate(LONG)
+        next(running)
+        refused = failure(lambda: client.tokens(LONG))
+        assert (refused.code, refused.reason, refused.limit) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", "1")
+        assert refused.retry_seconds
+        assert sum(len(delta.token_ids) for delta in waiting) == 480
+
+
+def test_an_engine_that_dies_is_told_to_everybody(tiny_fm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with start_server(ServerConfig(fm=tiny_fm, threads=1)) as server, grpc.insecure_channel(server.address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        next(watch)
+        monkeypatch.setattr(Scheduler, "next_step", lambda _: 1 / 0)
+        lost = failure(lambda: Client(channel).tokens(LONG))
+        assert lost.code is grpc.StatusCode.UNAVAILABLE
+        assert next(watch).status == NOT_SERVING
+        assert server.app.broken.is_set()
 
 
 def test_a_failed_start_is_one_line(tmp_path: Path) -> None:

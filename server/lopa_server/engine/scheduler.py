@@ -225,7 +225,8 @@ class Scheduler:
 
     def _within_targets(self, pairs: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
         """The first pairs whose target tokens stay within the limit; at least one."""
-        total, kept = 0, []
+        total = 0
+        kept: list[tuple[str, int]] = []
         for name, index in pairs:
             total += self._jobs[name].costs[index].targets
             if kept and total > self._limits.pair_targets:

@@ -61,7 +61,7 @@ class SlotTable:
     def leave(self, request_id: str) -> tuple[list[Move], int]:
         """Take a request out and close the gap: the moves, in order, and the row that is free afterwards."""
         hole = self.row(request_id)
-        moves = []
+        moves: list[Move] = []
         if hole < self._decoding:
             self._decoding -= 1
             hole = self._fill(hole, self._decoding, moves)

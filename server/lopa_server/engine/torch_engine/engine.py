@@ -72,6 +72,10 @@ class TorchEngine:
             self._worker.send(Stop())
         await asyncio.to_thread(self._worker.join)
 
+    async def wait_ended(self) -> None:
+        """Returns when the engine thread has ended, by `stop` or by dying."""
+        await asyncio.to_thread(self._worker.join)
+
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         self._check_running()
         self._admit_stream()

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from lopa_server.engine.text import Decode, TextStream
 from lopa_server.engine.torch_engine.runner import PreparedInput
 from lopa_server.engine.torch_engine.sampling import Choice, Randomness
 
-Event = Delta | list[PairResult] | Exception
+Event: TypeAlias = Delta | list[PairResult] | Exception
 
 
 class Mailbox:

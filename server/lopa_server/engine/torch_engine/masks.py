@@ -25,7 +25,7 @@ class MaskMaker:
             UnsupportedModel: a layer is neither full nor sliding-window attention.
         """
         self._additive = additive
-        self._window: int | None = getattr(config, "sliding_window", None)
+        self._window: int = getattr(config, "sliding_window", None) or 0
         self._kinds = _layer_kinds(config, self._window)
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, readable: torch.Tensor) -> torch.Tensor | Mapping[str, torch.Tensor]:
@@ -52,7 +52,7 @@ class MaskMaker:
         return mask.masked_fill_(~allowed, torch.finfo(self._additive).min)
 
 
-def _layer_kinds(config: Any, window: int | None) -> Sequence[str]:
+def _layer_kinds(config: Any, window: int) -> Sequence[str]:
     kinds = getattr(config, "layer_types", None) or [SLIDING if window else FULL]
     strange = sorted(set(kinds) - {FULL, SLIDING})
     if strange:

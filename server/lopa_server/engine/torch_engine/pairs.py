@@ -31,8 +31,8 @@ def pair_gradients(fm: FoundationModel, pairs: Sequence[PairRequest]) -> list[Pa
         embeds = _embed(fm, pairs)
     embeds.requires_grad_()
     losses = _losses(fm, embeds, pairs)
-    (gradient,) = torch.autograd.grad(losses.sum(), embeds)
-    gradient = gradient.float().cpu().numpy()
+    (flowing,) = torch.autograd.grad(losses.sum(), embeds)
+    gradient = flowing.float().cpu().numpy()
     results = []
     for row, (total, pair) in enumerate(zip(_sums(losses.detach(), pairs), pairs, strict=True)):
         start = len(pair.input.before)

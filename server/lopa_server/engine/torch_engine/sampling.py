@@ -44,8 +44,8 @@ def choose(logits: torch.Tensor, params: Sequence[SamplingParams], randomness: S
     cut = [row for row in drawn if row not in plain]
     for rows, draw in ((plain, _draw), (cut, _draw_truncated)):
         if rows:
-            tokens = draw(logits[rows], [params[row] for row in rows], [randomness[row].next() for row in rows])
-            for row, token in zip(rows, tokens, strict=True):
+            drawn_tokens = draw(logits[rows], [params[row] for row in rows], [randomness[row].next() for row in rows])
+            for row, token in zip(rows, drawn_tokens, strict=True):
                 chosen[row] = token
     logprobs = _logprobs(logits, chosen, params)
     return [Choice(chosen[row], logprobs.get(row), broken=not finite[row]) for row in range(len(params))]

@@ -11,8 +11,11 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
 
 from lopa_server.engine.base import EngineFailed, EngineStats, EngineStopped
 from lopa_server.engine.scheduler import DecodeStep, PairCost, PairKind, PairStep, PrefillStep, Scheduler, SchedulerLimits, Step
@@ -38,7 +41,7 @@ class Stop:
     """Give up everything and end the thread."""
 
 
-Command = LiveStream | LiveJob | Abort | Stop
+Command: TypeAlias = LiveStream | LiveJob | Abort | Stop
 
 
 class Worker:
@@ -55,7 +58,8 @@ class Worker:
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._outbox: list[tuple[Mailbox, Event]] = []
         self._counts: collections.Counter[str] = collections.Counter()
-        self._seconds: collections.Counter[str] = collections.Counter()
+        self._seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
+        self._stats = EngineStats()
         self._set_up_threads = threads
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ending = threading.Lock()
@@ -83,9 +87,12 @@ class Worker:
         self._thread.join()
 
     def stats(self) -> EngineStats:
-        """A snapshot; may be a step behind."""
+        """As of the last step. An immutable value, since this is called from other threads."""
+        return self._stats
+
+    def _publish(self) -> None:
         scheduler = self._scheduler
-        return EngineStats(
+        self._stats = EngineStats(
             waiting=scheduler.waiting,
             running=scheduler.running,
             pairs_waiting=scheduler.pairs_waiting,
@@ -122,13 +129,15 @@ class Worker:
                 continue
             started = time.perf_counter()
             self._compute(step)
-            self._flush()
             elapsed = time.perf_counter() - started
             self._scheduler.record(step, elapsed)
             self._seconds[type(step).__name__] += elapsed
+            self._publish()
+            self._flush()
 
     def _take_in(self) -> bool:
         """Handle all commands that have arrived; wait for one when there is nothing else to do. False: stop."""
+        self._publish()
         idle = not self._streams and not self._jobs
         while True:
             try:
@@ -221,7 +230,7 @@ class Worker:
         self._counts["decode_steps"] += 1
         self._choose(names, logits)
 
-    def _choose(self, names: collections.abc.Sequence[str], logits: object) -> None:
+    def _choose(self, names: Sequence[str], logits: torch.Tensor) -> None:
         """The next token of each of these requests, from their rows of logits."""
         streams = [self._streams[name] for name in names]
         choices = choose(logits, [stream.request.sampling for stream in streams], [stream.randomness for stream in streams])
