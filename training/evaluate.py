@@ -15,6 +15,7 @@ from statistics import fmean
 
 import torch
 from lopa.demo.users import HELD_OUT, NoSuchUser, package_folder, read_modules
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -128,7 +129,9 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps({"bits_per_byte": figures, "mean": [plain, header]}, indent=1) + "\n")
     if args.card:
-        last = json.loads(args.log.read_text().splitlines()[-1].replace("'", '"'))
+        last = json.loads(args.log.read_text().splitlines()[-1])
+        with safe_open(args.log.with_name("checkpoint.safetensors"), "pt") as file:
+            steps = int(file.metadata()["step"])
         corpus = json.loads((args.corpus / "corpus.json").read_text())
         roles = [package["role"] for package in corpus["packages"].values()]
         config = model.config
@@ -141,9 +144,9 @@ def main() -> None:
                 context=config.max_position_embeddings,
                 vocab=config.vocab_size,
                 megabytes=(args.model / "model.safetensors").stat().st_size / 1e6,
-                steps=last["step"],
+                steps=steps,
                 tokens_per_step=args.tokens_per_step,
-                total=last["step"] * args.tokens_per_step / 1e6,
+                total=steps * args.tokens_per_step / 1e6,
                 loss=last["loss"],
                 train_mb=corpus["bytes"]["train"] / 1e6,
                 packages=roles.count("train"),

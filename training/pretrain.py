@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from windows import END, SPECIAL_TOKENS, Corpus, WindowMix, train_tokenizer
 
-CONTEXT = 2048
-"""Positions that the configuration admits; training windows are 512 tokens, 1,024 during the decay."""
+CONTEXT = 1024
+"""Positions: training windows are 512 tokens, 1,024 during the decay."""
 
 
 def build_model(vocab_size: int, end_id: int) -> LlamaForCausalLM:
