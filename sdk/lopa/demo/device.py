@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 ANSWER_TOKENS = 24
 """The longest filing answer that is read; the longest label has fewer."""
-VALIDATION, VALIDATE_EVERY = 0.15, 25
+STEPS = {"completion": 60, "filing": 150}
+"""Tuning steps by task: completion has little to learn, filing has to learn the user's own answers."""
+VALIDATION, VALIDATE_EVERY = 0.15, 30
 """The share of tuning items that is held back to measure on, and the steps between measurements."""
 STREAMS = 16
 """Requests that a device keeps open at the same time while it measures accuracy."""
@@ -72,8 +74,8 @@ def run_task(client: Client, folder: Path, data: TaskData, steps: int | None) ->
     def on_step(progress: lopa.TuneProgress) -> None:
         say("step", user=data.user, task=data.task, step=progress.step, steps=progress.steps, nll=progress.loss)
 
-    options: dict[str, Any] = {} if steps is None else {"steps": steps}
-    report = persona.tune(examples(data.tuning), validation=VALIDATION, validate_every=VALIDATE_EVERY, on_step=on_step, **options)
+    steps = steps or STEPS[data.task]
+    report = persona.tune(examples(data.tuning), steps=steps, validation=VALIDATION, validate_every=VALIDATE_EVERY, on_step=on_step)
     filing = data.task == "filing"
     say(
         "done",
@@ -100,7 +102,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--user", required=True)
     parser.add_argument("--task", action="append", required=True)
-    parser.add_argument("--steps", type=int, help="default: the bundle's")
+    parser.add_argument("--steps", type=int, help=f"default: {STEPS}")
     args = parser.parse_args()
     try:
         with lopa.connect(args.address) as client:

@@ -37,7 +37,7 @@ class DemoError(lopa.LopaError):
 class DemoOptions:
     users: int = 8
     steps: int | None = None
-    """Tuning steps a task; None leaves it to the bundle."""
+    """Tuning steps a task; None stands for `lopa.demo.device.STEPS`."""
     folder: Path | None = None
     """Where the users' folders go; None for a temporary one."""
 
