@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 ANSWER_TOKENS = 24
 """The longest filing answer that is read; the longest label has fewer."""
-STEPS = {"completion": 60, "filing": 150}
+STEPS = {"completion": 60, "filing": 200}
 """Tuning steps by task: completion has little to learn, filing has to learn the user's own answers."""
-VALIDATION, VALIDATE_EVERY = 0.15, 30
+VALIDATION, VALIDATE_EVERY = 0.1, 30
 """The share of tuning items that is held back to measure on, and the steps between measurements."""
 STREAMS = 16
 """Requests that a device keeps open at the same time while it measures accuracy."""

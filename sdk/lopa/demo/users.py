@@ -50,8 +50,10 @@ class TaskSizes:
 
     prompt_chars: int = 220
     target_chars: int = 220
-    snippet_chars: int = 240
+    snippet_chars: int = 360
     max_tuning: int = 240
+    max_filing: int = 480
+    """Tuning items of filing: about forty for each module."""
     max_test: int = 48
     max_modules: int = 12
     tuning_part: float = 0.7
@@ -155,7 +157,7 @@ def _filing(user: str, modules: dict[str, str], sizes: TaskSizes, rng: random.Ra
     for name in labels:
         text = modules[name]
         end, start = int(len(text) * sizes.tuning_part), int(len(text) * (sizes.tuning_part + sizes.gap_part))
-        tuning += _sample(_cut_snippets(text[:end], name, sizes), sizes.max_tuning // len(labels), rng)
+        tuning += _sample(_cut_snippets(text[:end], name, sizes), sizes.max_filing // len(labels), rng)
         test += _sample(_cut_snippets(text[start:], name, sizes), sizes.max_test // len(labels), rng)
     return TaskData(user, "filing", _sample(tuning, len(tuning), rng), _sample(test, len(test), rng), labels)
 
