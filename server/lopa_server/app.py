@@ -62,6 +62,8 @@ class ServerApp:
         self._handlers = Handlers()
         self._server: grpc.aio.Server | None = None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._ready_file: Path | None = None
+        """Set once it is ours: a failed start must not remove what another server wrote."""
 
     @property
     def name(self) -> str:
@@ -72,19 +74,18 @@ class ServerApp:
         """Bind the port (NOT_SERVING), load, warm up, then serve.
 
         Raises:
-            ConfigError: the port is taken, or model and bundle don't fit.
+            ConfigError: the port is taken, there is no such device, model and bundle don't fit, or the ready file can't be written.
             FileNotFoundError, UnsupportedModel: the model can't be loaded or served exactly.
         """
         try:
             await self._bind()
             await self._load()
+            self._state(State.SERVING)
+            await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+            await self._tell_ready()
         except BaseException:
             await self._close()
             raise
-        self._state(State.SERVING)
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
-        if self._config.ready_file is not None:
-            await asyncio.to_thread(_write_atomically, self._config.ready_file, self.address)
 
     async def drain(self, seconds: float | None = None) -> None:
         """Refuse new calls, let running ones finish for so long at most (default: the configured bound), then end."""
@@ -135,6 +136,16 @@ class ServerApp:
         self._handlers.requests = RequestHandlers(engine, checker, model_revision(engine.spec, version))
         await warm_up(engine)
 
+    async def _tell_ready(self) -> None:
+        path = self._config.ready_file
+        if path is None:
+            return
+        try:
+            await asyncio.to_thread(_write_atomically, path, self.address)
+        except OSError as error:
+            raise ConfigError(f"can't write the ready file {path}: {error.strerror or error}") from error
+        self._ready_file = path
+
     async def _watch(self, engine: TorchEngine) -> None:
         """Tell health when the engine ends without having been asked to."""
         await engine.wait_ended()
@@ -159,8 +170,9 @@ class ServerApp:
         if self._temporary is not None:
             self._temporary.cleanup()
             self._temporary = None
-        if self._config.ready_file is not None:
-            self._config.ready_file.unlink(missing_ok=True)
+        if self._ready_file is not None:
+            self._ready_file.unlink(missing_ok=True)
+            self._ready_file = None
 
     def _state(self, state: State) -> None:
         if self._gate is not None:
@@ -268,5 +280,8 @@ def _check_bundle(bundle: Bundle, spec: EngineSpec, config: ServerConfig) -> Non
 
 def _write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

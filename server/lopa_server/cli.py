@@ -58,7 +58,7 @@ def serve(
     )
     try:
         asyncio.run(_serve(config))
-    except (ConfigError, UnsupportedModel, FileNotFoundError) as error:
+    except (ConfigError, UnsupportedModel, OSError) as error:
         fail(str(error))
 
 

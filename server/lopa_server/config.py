@@ -64,6 +64,8 @@ class ServerConfig:
             raise ConfigError(f"drain_seconds is {self.drain_seconds}; it can't be negative")
         if self.limits.max_virtual_tokens < 1:
             raise ConfigError(f"max_virtual_tokens is {self.limits.max_virtual_tokens}; it must be at least 1")
+        if self.ready_file is not None and not self.ready_file.parent.is_dir():
+            raise ConfigError(f"can't write the ready file {self.ready_file}: there is no folder {self.ready_file.parent}")
         if not self.insecure_listen and not is_loopback(self.host):
             raise ConfigError(
                 f"{self.host} is reachable from other machines, and this server neither encrypts nor authenticates: "

@@ -178,6 +178,22 @@ def test_a_failed_start_is_one_line(tmp_path: Path) -> None:
     assert "config.json" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
+def test_a_ready_file_that_cannot_be_written_ends_the_server(tiny_fm: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(ConfigError, match="can't write the ready file .*taken"):
+        start_server(ServerConfig(fm=tiny_fm, threads=1, ready_file=tmp_path / "taken"))
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+    assert not [thread for thread in threading.enumerate() if thread.name in ("lopa-server", "lopa-engine")]
+
+
+def test_a_failed_start_leaves_another_servers_ready_file(tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    ready.write_text("127.0.0.1:7070")
+    with pytest.raises(FileNotFoundError):
+        start_server(ServerConfig(fm=tmp_path, ready_file=ready))
+    assert ready.read_text() == "127.0.0.1:7070"
+
+
 def test_the_command_is_listed_without_torch() -> None:
     code = "import sys, lopa_server.cli, lopa_server.config; print('torch' in sys.modules, 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False False\n"
@@ -206,6 +222,9 @@ BAD_STARTS: dict[str, tuple[Callable[[Path, Path], ServerConfig], type[Exception
     "everybody may connect": (lambda _, fm: ServerConfig(fm=fm, host="0.0.0.0"), ConfigError, "insecure"),
     "no batch": (lambda _, fm: ServerConfig(fm=fm, max_batch=0), ConfigError, "max_batch"),
     "no rows": (lambda _, fm: ServerConfig(fm=fm, limits=ServiceLimits(max_virtual_tokens=0)), ConfigError, "max_virtual_tokens"),
+    "no folder for the ready file": (lambda tmp, fm: ServerConfig(fm=fm, ready_file=tmp / "no" / "f"), ConfigError, "there is no folder"),
+    "no such device": (lambda _, fm: ServerConfig(fm=fm, device="cuda:99"), ConfigError, "cuda:99"),
+    "no device at all": (lambda _, fm: ServerConfig(fm=fm, device="gpu"), ConfigError, "cuda:<number>"),
     "unknown dtype": (lambda _, fm: ServerConfig(fm=fm, dtype="float8"), ConfigError, "float8"),
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lopa.fingerprint import fingerprint_folder
 
+from lopa_server.config import ConfigError
 from lopa_server.engine.base import EngineSpec, UnsupportedModel
 from lopa_server.engine.torch_engine.attention import use_products_for_gradients
 from lopa_server.engine.torch_engine.masks import MaskMaker
@@ -71,13 +72,14 @@ def load_foundation_model(fm: str | Path, *, dtype: str | None = None, device: s
     """Load weights and tokenizer. Defaults: CUDA where there is one; bfloat16 on CUDA, float32 on the CPU.
 
     Raises:
+        ConfigError: no such device here.
         FileNotFoundError: no such model.
         UnsupportedModel: its architecture doesn't fit this engine.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    place = _place(device)
     folder = resolve_folder(fm)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     name = dtype or ("bfloat16" if place.type == "cuda" else "float32")
     if name not in DTYPES or place.type not in ("cpu", "cuda"):
         raise UnsupportedModel(f"{name} on {place} is not supported: dtypes are {', '.join(DTYPES)}, devices cpu and cuda")
@@ -95,6 +97,19 @@ def load_foundation_model(fm: str | Path, *, dtype: str | None = None, device: s
     masks = MaskMaker(model.config, additive=DTYPES[name] if eager else None)
     spec = _spec(str(fm), folder, model, tokenizer, name)
     return FoundationModel(model, tokenizer, spec, place, DTYPES[name], masks)
+
+
+def _place(device: str | None) -> torch.device:
+    """The device to compute on. Raises ConfigError when this machine doesn't have it."""
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ConfigError(f"device is {device!r}; it must be cpu, cuda or cuda:<number>") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device is {device!r}, but torch finds no CUDA on this machine: use cpu")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device is {device!r}, but this machine has {torch.cuda.device_count()} CUDA devices; the first is cuda:0")
+    return place
 
 
 def _spec(fm: str, folder: Path, model: Any, tokenizer: Any, dtype: str) -> EngineSpec:
