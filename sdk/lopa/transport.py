@@ -78,6 +78,7 @@ REASONS: Mapping[Reason, type[RemoteError]] = {
     Reason.STARTING: Unavailable,
     Reason.DRAINING: Unavailable,
     Reason.MESSAGE_TOO_LARGE: InvalidRequest,
+    Reason.MALFORMED_REQUEST: InvalidRequest,
     Reason.INTERNAL: ServerError,
 }
 """Every reason of the catalogue; it says more than the status, so it wins."""

@@ -25,6 +25,7 @@ from lopa.v1 import catalog_pb2_grpc, inference_pb2_grpc, tuning_pb2_grpc
 from lopa_server.config import ConfigError, ServerConfig
 from lopa_server.engine.base import EngineSpec
 from lopa_server.service.catalog import CatalogHandler, PublishedBundle, model_revision
+from lopa_server.service.decoding import TolerantDecoding
 from lopa_server.service.gate import Gate, State
 from lopa_server.service.handlers import RequestHandlers
 from lopa_server.service.servicers import NAMES, CatalogServicer, Handlers, InferenceServicer, TuningServicer
@@ -98,7 +99,11 @@ class ServerApp:
 
     async def _bind(self) -> None:
         self._gate = Gate(self._config.limits.max_message_bytes)
-        server = grpc.aio.server(options=_channel_options(self._config.limits.max_message_bytes))
+        server = grpc.aio.server(
+            interceptors=[TolerantDecoding(NAMES)],
+            options=_channel_options(self._config.limits.max_message_bytes),
+            maximum_concurrent_rpcs=self._config.call_bound,
+        )
         catalog_pb2_grpc.add_CatalogServicer_to_server(CatalogServicer(self._gate, self._handlers), server)
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(self._gate, self._handlers), server)
         tuning_pb2_grpc.add_TuningServicer_to_server(TuningServicer(self._gate, self._handlers), server)

@@ -9,6 +9,7 @@ from pathlib import Path
 from lopa_server.limits import ServiceLimits
 
 DTYPES = ("float32", "bfloat16")
+DEFAULT_CALLS = 1024
 
 
 class ConfigError(ValueError):
@@ -41,6 +42,9 @@ class ServerConfig:
     """Generate requests waiting for a place in it."""
     max_waiting_pairs: int = 8192
     """Pairs waiting to be scored or differentiated."""
+    max_calls: int | None = None
+    """Calls of every kind at the same time, so that their requests can't fill the memory: gRPC refuses more with
+    RESOURCE_EXHAUSTED. None: 1024, or twice what max_batch and max_waiting allow where that is more."""
     step_positions: int | None = None
     """Positions in one micro-batch of pairs, and half as many as in one prefill step: more is faster, less lets others in
     sooner. None: what suits the device."""
@@ -50,11 +54,16 @@ class ServerConfig:
     ready_file: Path | None = None
     """Written with "host:port" once the server is SERVING."""
 
+    @property
+    def call_bound(self) -> int:
+        """max_calls, or its default: wide enough that a full queue answers by itself, with its time to come back."""
+        return self.max_calls or max(DEFAULT_CALLS, 2 * (self.max_batch + self.max_waiting))
+
     def check(self) -> None:
         """Raises ConfigError for values that can't work."""
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}; it must be from 0 to 65535")
-        for name in ("max_batch", "max_waiting", "max_waiting_pairs", "step_positions", "threads"):
+        for name in ("max_batch", "max_waiting", "max_waiting_pairs", "max_calls", "step_positions", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")

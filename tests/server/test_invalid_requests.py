@@ -236,3 +236,23 @@ def test_a_message_over_the_limit_is_refused(client: Client) -> None:
     found = failure(lambda: client.tokens(generate_request("x" * (32 << 20))))
     assert found.reason == "MESSAGE_TOO_LARGE" and found.limit == str(32 << 20)
     assert found.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+NO_MESSAGES = {
+    "text that isn't UTF-8": ("Inference/Generate", b"\x0a\x04\x0a\x02\xff\xfe"),
+    "a length beyond the end": ("Inference/Score", b"\x0a\x7f\x01"),
+    "a tag that doesn't end": ("Tuning/PromptGradients", b"\xff"),
+    "an id that isn't UTF-8": ("Catalog/FetchBundle", b"\x0a\x02\xff\xfe"),
+    "a length without its bytes": ("Catalog/GetModel", b"\x0a\x7f"),
+}
+
+
+@pytest.mark.parametrize("name", NO_MESSAGES)
+def test_bytes_that_are_no_message_get_a_typed_error(name: str, server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
+    path, data = NO_MESSAGES[name]
+    method = f"/lopa.v1.{path}"
+    with grpc.insecure_channel(server.address) as channel:
+        refused = failure(lambda: list(channel.unary_stream(method)(data)))
+    assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_REQUEST")
+    assert refused.limit == method and refused.violations == ("request",)
+    assert "Traceback" not in caplog.text

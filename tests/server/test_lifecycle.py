@@ -160,6 +160,17 @@ def test_a_full_queue_is_told_with_a_time_to_come_back(tiny_fm: Path) -> None:
         assert sum(len(delta.token_ids) for delta in waiting) == 480
 
 
+def test_calls_beyond_the_bound_are_refused(tiny_fm: Path) -> None:
+    with start_server(ServerConfig(fm=tiny_fm, threads=1, max_calls=2)) as server, grpc.insecure_channel(server.address) as channel:
+        client = Client(channel)
+        calls = [client.inference.Generate(LONG) for _ in range(2)]
+        counts = [len(next(call).token_ids) for call in calls]
+        with pytest.raises(grpc.RpcError) as refused:
+            client.catalog.GetModel(catalog_pb2.GetModelRequest())
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert [count + sum(len(delta.token_ids) for delta in call) for count, call in zip(counts, calls, strict=True)] == [480] * 2
+
+
 def test_an_engine_that_dies_is_told_to_everybody(tiny_fm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with start_server(ServerConfig(fm=tiny_fm, threads=1)) as server, grpc.insecure_channel(server.address) as channel:
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
@@ -180,10 +191,11 @@ def test_a_failed_start_is_one_line(tmp_path: Path) -> None:
 
 def test_a_ready_file_that_cannot_be_written_ends_the_server(tiny_fm: Path, tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
-    with pytest.raises(ConfigError, match="can't write the ready file .*taken"):
+    before = set(threading.enumerate())
+    with pytest.raises(ConfigError, match=r"can't write the ready file .*taken"):
         start_server(ServerConfig(fm=tiny_fm, threads=1, ready_file=tmp_path / "taken"))
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
-    assert not [thread for thread in threading.enumerate() if thread.name in ("lopa-server", "lopa-engine")]
+    assert {thread for thread in threading.enumerate() if thread.name.startswith("lopa-")} <= before
 
 
 def test_a_failed_start_leaves_another_servers_ready_file(tmp_path: Path) -> None:

@@ -75,7 +75,9 @@ Global___GetModelRequest: _TypeAlias = GetModelRequest  # noqa: Y015
 
 @_typing.final
 class Limits(_message.Message):
-    """Bounds that the server enforces. A request beyond one is refused with INVALID_ARGUMENT, field and limit named."""
+    """Bounds that the server enforces. A request beyond one is refused with INVALID_ARGUMENT, field and limit named; only a
+    message beyond max_message_bytes gets RESOURCE_EXHAUSTED.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -90,7 +92,9 @@ class Limits(_message.Message):
     max_virtual_tokens: _builtins.int
     """m at most, in rows."""
     max_message_bytes: _builtins.int
-    """A whole request message at most, in bytes."""
+    """A whole request message at most, in bytes. Up to 1 MiB beyond, RESOURCE_EXHAUSTED comes with ErrorInfo
+    (MESSAGE_TOO_LARGE); further beyond, gRPC itself refuses without reading the message, and there are no details.
+    """
     max_pairs: _builtins.int
     """Pairs in one Score or PromptGradients request."""
     max_new_tokens: _builtins.int

@@ -39,6 +39,7 @@ class Reason(Enum):
     STARTING = "STARTING"
     DRAINING = "DRAINING"
     MESSAGE_TOO_LARGE = "MESSAGE_TOO_LARGE"
+    MALFORMED_REQUEST = "MALFORMED_REQUEST"
     INTERNAL = "INTERNAL"
 
 
@@ -78,6 +79,7 @@ CATALOGUE: Mapping[Reason, Entry] = {
         grpc.StatusCode.UNAVAILABLE, "the server is shutting down; try again, another replica or a restarted one will answer"
     ),
     Reason.MESSAGE_TOO_LARGE: Entry(grpc.StatusCode.RESOURCE_EXHAUSTED, "{field} has {found} bytes; the limit is {limit}"),
+    Reason.MALFORMED_REQUEST: Entry(_INVALID, "{field} can't be decoded as the message that {limit} takes"),
     Reason.INTERNAL: Entry(grpc.StatusCode.INTERNAL, "internal error; the server's log has the detail under request id {found}"),
 }
 

@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 from grpc_status import rpc_status
 from lopa.wire.errors import Reason, WireError
 
+from lopa_server.service.decoding import Undecodable
 from lopa_server.service.status import status_for
 
 
@@ -32,7 +33,7 @@ class Gate:
         self._empty.set()
 
     @contextlib.asynccontextmanager
-    async def call(self, request: Message, context: Any) -> AsyncIterator[None]:
+    async def call(self, request: Message | Undecodable, context: Any) -> AsyncIterator[None]:
         """Around a call's body. An exception inside ends the call with the status that belongs to it."""
         self._inside += 1
         self._empty.clear()
@@ -52,11 +53,13 @@ class Gate:
             await asyncio.wait_for(self._empty.wait(), seconds)
         return self._empty.is_set()
 
-    def _check(self, request: Message) -> None:
+    def _check(self, request: Message | Undecodable) -> None:
         if self.state is State.STARTING:
             raise WireError(Reason.STARTING)
         if self.state is State.DRAINING:
             raise WireError(Reason.DRAINING)
+        if isinstance(request, Undecodable):
+            raise WireError(Reason.MALFORMED_REQUEST, "request", limit=request.method)
         size = request.ByteSize()
         if size > self._max_message_bytes:
             raise WireError(Reason.MESSAGE_TOO_LARGE, "request", limit=self._max_message_bytes, found=size)
