@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +22,10 @@ if TYPE_CHECKING:
     from lopa.client import Client
     from lopa.persona import Persona
 
-ANSWER_TOKENS = 24
-"""The longest filing answer that is read; the longest label has fewer."""
-STEPS = {"completion": 60, "filing": 200}
+STEPS = {"completion": 60, "filing": 160}
 """Tuning steps by task: completion has little to learn, filing has to learn the user's own answers."""
 VALIDATION, VALIDATE_EVERY = 0.1, 30
 """The share of tuning items that is held back to measure on, and the steps between measurements."""
-STREAMS = 16
-"""Requests that a device keeps open at the same time while it measures accuracy."""
 
 
 def examples(items: Sequence[Item]) -> list[lopa.Example]:
@@ -41,26 +37,25 @@ def nll_per_token(scores: Sequence[lopa.PairScore]) -> float:
     return sum(score.nll_sum for score in scores) / sum(score.target_tokens for score in scores)
 
 
-def accuracy(speaker: Client | Persona, items: Sequence[Item]) -> float:
-    """The part of items whose greedy answer is the target, to the letter."""
-
-    def is_right(item: Item) -> bool:
-        return speaker.generate(item.prompt, max_tokens=ANSWER_TOKENS).text == item.target
-
-    with ThreadPoolExecutor(STREAMS) as pool:
-        return sum(pool.map(is_right, items)) / len(items)
+def plain_scores(client: Client, items: Sequence[Item]) -> list[lopa.PairScore]:
+    """What the plain model makes of each item."""
+    return client.score([lopa.Pair(item.prompt, item.target, append_end=item.append_end) for item in items])
 
 
-def plain_score(client: Client, items: Sequence[Item]) -> float:
-    """NLL per target token of the plain model."""
-    size = client.model.limits.max_pairs
-    pairs = [lopa.Pair(item.prompt, item.target, append_end=item.append_end) for item in items]
-    return nll_per_token([score for at in range(0, len(pairs), size) for score in client.score(pairs[at : at + size])])
+def personal_scores(persona: Persona, items: Sequence[Item]) -> list[lopa.PairScore]:
+    """What the model makes of each item with a persona's factors."""
+    return persona.score(examples(items))
 
 
-def personal_score(persona: Persona, items: Sequence[Item]) -> float:
-    """NLL per target token with a persona's factors."""
-    return nll_per_token(persona.score(examples(items)))
+def accuracy(measure: Callable[[Sequence[Item]], Sequence[lopa.PairScore]], data: TaskData) -> float:
+    """The part of test items whose own label is the likeliest, as a whole, of all the user's labels."""
+    choices = [Item(item.prompt, label, append_end=True) for item in data.test for label in data.labels]
+    nll = [score.nll_sum for score in measure(choices)]
+    right, width = 0, len(data.labels)
+    for at, item in enumerate(data.test):
+        row = nll[at * width : (at + 1) * width]
+        right += data.labels[row.index(min(row))] == item.target
+    return right / len(data.test)
 
 
 def say(event: str, **values: Any) -> None:
@@ -76,15 +71,16 @@ def run_task(client: Client, folder: Path, data: TaskData, steps: int | None) ->
 
     steps = steps or STEPS[data.task]
     report = persona.tune(examples(data.tuning), steps=steps, validation=VALIDATION, validate_every=VALIDATE_EVERY, on_step=on_step)
+    plain, personal = partial(plain_scores, client), partial(personal_scores, persona)
     filing = data.task == "filing"
     say(
         "done",
         user=data.user,
         task=data.task,
-        base_nll=plain_score(client, data.test),
-        personal_nll=personal_score(persona, data.test),
-        base_accuracy=accuracy(client, data.test) if filing else None,
-        personal_accuracy=accuracy(persona, data.test) if filing else None,
+        base_nll=nll_per_token(plain(data.test)),
+        personal_nll=nll_per_token(personal(data.test)),
+        base_accuracy=accuracy(plain, data) if filing else None,
+        personal_accuracy=accuracy(personal, data) if filing else None,
         chance_accuracy=1 / len(data.labels) if filing else None,
         factor_bytes=persona.factor_bytes,
         tune_seconds=report.seconds,

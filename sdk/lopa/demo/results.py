@@ -12,7 +12,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class UserResult:
-    """One user and task. NLL in nats per target token over test items; accuracy is exact match of the greedy answer."""
+    """One user and task. NLL in nats per target token over test items; accuracy: how often the right label is
+    the likeliest, as a whole, of the user's own labels."""
 
     name: str
     task: str

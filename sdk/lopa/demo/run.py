@@ -18,7 +18,7 @@ from threading import Barrier, Thread
 from typing import IO, Any
 
 import lopa
-from lopa.demo.device import personal_score
+from lopa.demo.device import nll_per_token, personal_scores
 from lopa.demo.results import DemoResult, MixedBatch, UserResult
 from lopa.demo.users import HELD_OUT, TASKS, Item, NoSuchUser, TaskData, load_task
 
@@ -154,7 +154,7 @@ def cross_scores(client: lopa.Client, folder: Path, data: dict[tuple[str, str], 
         persona = client.personal(folder / owner, persona=task)
         for (user, its_task), items in data.items():
             if its_task == task:
-                table[user, task][owner] = personal_score(persona, items.test)
+                table[user, task][owner] = nll_per_token(personal_scores(persona, items.test))
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(measure, jobs))
