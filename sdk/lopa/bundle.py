@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lopa.errors import BundleError
+from lopa.files import read_limited
 
 __all__ = [
     "Bundle",
@@ -37,6 +41,7 @@ __all__ = [
     "Manifest",
     "TensorSpec",
     "TuningDefaults",
+    "check_tensors",
     "digest_file",
     "extract_archive",
 ]
@@ -46,6 +51,9 @@ MANIFEST = "manifest.json"
 FILES = ("tokenizer.json", "encode.onnx", "compose.onnx", "update.onnx", "factors.safetensors")
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_FILE_BYTES = 1 << 30
+MAX_AXES = 8
+MAX_ELEMENTS = 1 << 28
+"""Of one tensor: 1 GiB as float32."""
 _HEX = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9_.]{1,100}")
 _EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -154,13 +162,13 @@ class Manifest:
                 files={name: FileSpec(**spec) for name, spec in document["files"].items()},
                 tuning=TuningDefaults(**document["tuning"]),
             )
+            _check(manifest)
+            if document.get("id") != manifest.id:
+                raise BundleError(f"{MANIFEST} says id {document.get('id')!r}, its content has {manifest.id}: it was changed")
         except BundleError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BundleError(f"{MANIFEST} is not a bundle manifest: {type(error).__name__}: {error}") from error
-        _check(manifest)
-        if document.get("id") != manifest.id:
-            raise BundleError(f"{MANIFEST} says id {document.get('id')!r}, its content has {manifest.id}: it was changed")
         return manifest
 
 
@@ -168,12 +176,21 @@ def _specs(rows: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(str(row["name"]), tuple(row["shape"]), str(row["dtype"])) for row in rows)
 
 
+def _integer(field: str, value: object, low: int, high: int) -> None:
+    if type(value) is not int or not low <= value <= high:
+        raise BundleError(f"{field} is {value!r}; it must be an integer from {low} to {high}")
+
+
 def _check(manifest: Manifest) -> None:
     """Types and ranges of a manifest that came from outside."""
 
     def integer(field: str, value: object, low: int, high: int) -> None:
-        if type(value) is not int or not low <= value <= high:
-            raise BundleError(f"manifest.{field} is {value!r}; it must be an integer from {low} to {high}")
+        _integer(f"manifest.{field}", value, low, high)
+
+    def real(field: str, value: object, *, zero: bool = False) -> None:
+        largest = float(np.finfo(np.float32).max)  # what update.onnx can take
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= largest or (value == 0 and not zero):
+            raise BundleError(f"manifest.{field} is {value!r}; it must be a finite number {'from' if zero else 'above'} 0")
 
     integer("rows", manifest.rows, 1, 4096)
     integer("rank", manifest.rank, 0, 1024)
@@ -181,26 +198,42 @@ def _check(manifest: Manifest) -> None:
     integer("encoder.max_tokens", manifest.encoder.max_tokens, 1, 1 << 16)
     integer("tuning.steps", manifest.tuning.steps, 1, 1 << 20)
     integer("tuning.batch_size", manifest.tuning.batch_size, 1, 1 << 12)
+    real("tuning.learning_rate", manifest.tuning.learning_rate)
+    real("tuning.clip", manifest.tuning.clip)
+    real("tuning.weight_decay", manifest.tuning.weight_decay, zero=True)
     if manifest.encoder.truncation_side not in ("left", "right"):
         raise BundleError(f"manifest.encoder.truncation_side is {manifest.encoder.truncation_side!r}; it must be left or right")
     if not _HEX.fullmatch(str(manifest.fm.fingerprint)):
         raise BundleError("manifest.fm.fingerprint must be 64 lower-case hex digits")
     for kind, specs in (("instance", manifest.instance), ("personal", manifest.personal)):
-        if len({spec.name for spec in specs}) != len(specs):
-            raise BundleError(f"manifest.{kind} names a tensor twice")
-        for spec in specs:
-            if not _NAME.fullmatch(spec.name):
-                raise BundleError(f"manifest.{kind} has a tensor of name {spec.name[:100]!r}; letters, digits, _ and . are allowed")
-            if spec.dtype not in ("F16", "F32"):
-                raise BundleError(f"manifest.{kind}.{spec.name}.dtype is {spec.dtype!r}; it must be F16 or F32")
-            for size in spec.shape:
-                integer(f"{kind}.{spec.name}.shape", size, 1, 1 << 24)
+        check_tensors(f"manifest.{kind}", specs)
     if set(manifest.files) != set(FILES):
         raise BundleError(f"manifest.files must be exactly {', '.join(FILES)}; it has {', '.join(sorted(manifest.files))[:200]}")
     for name, file in manifest.files.items():
         integer(f"files.{name}.size", file.size, 1, MAX_FILE_BYTES)
         if not _HEX.fullmatch(str(file.sha256)):
             raise BundleError(f"manifest.files.{name}.sha256 must be 64 lower-case hex digits")
+
+
+def check_tensors(field: str, specs: Sequence[TensorSpec]) -> None:
+    """Names, dtypes and sizes of tensors that came from outside.
+
+    Raises:
+        BundleError: one is out of range; the message names it below `field`.
+    """
+    if len({spec.name for spec in specs}) != len(specs):
+        raise BundleError(f"{field} names a tensor twice")
+    for spec in specs:
+        if not _NAME.fullmatch(spec.name):
+            raise BundleError(f"{field} has a tensor of name {spec.name[:100]!r}; letters, digits, _ and . are allowed")
+        if spec.dtype not in ("F16", "F32"):
+            raise BundleError(f"{field}.{spec.name}.dtype is {spec.dtype!r}; it must be F16 or F32")
+        if len(spec.shape) > MAX_AXES:
+            raise BundleError(f"{field}.{spec.name}.shape has {len(spec.shape)} axes; the limit is {MAX_AXES}")
+        for size in spec.shape:
+            _integer(f"{field}.{spec.name}.shape", size, 1, 1 << 24)
+        if math.prod(spec.shape) > MAX_ELEMENTS:
+            raise BundleError(f"{field}.{spec.name}.shape is {list(spec.shape)}; a tensor has at most {MAX_ELEMENTS} elements")
 
 
 def digest_file(path: Path) -> FileSpec:
@@ -226,13 +259,14 @@ class Bundle:
         folder = Path(folder)
         path = folder / MANIFEST
         try:
-            if path.stat().st_size > MAX_MANIFEST_BYTES:
-                raise BundleError(f"{MANIFEST} is larger than {MAX_MANIFEST_BYTES} bytes")
-            manifest = Manifest.from_json(path.read_text(encoding="utf-8"))
+            manifest = Manifest.from_json(read_limited(path, MAX_MANIFEST_BYTES).decode("utf-8"))
             for name, spec in manifest.files.items():
-                if digest_file(folder / name) != spec:
+                file = folder / name
+                if not file.is_file() or file.stat().st_size != spec.size or digest_file(file) != spec:
                     raise BundleError(f"{name} in {folder} is not what the manifest says: it was changed or only partly written")
-        except (OSError, UnicodeDecodeError) as error:
+        except BundleError:
+            raise
+        except (OSError, ValueError) as error:
             raise BundleError(f"{folder} is not a bundle: {error}") from error
         return cls(folder, manifest)
 
@@ -259,6 +293,8 @@ def extract_archive(archive: Path, folder: Path) -> Bundle:
             sizes = {info.filename: info.file_size for info in source.infolist()}
             if set(sizes) != {MANIFEST, *FILES} or len(source.infolist()) != len(sizes):
                 raise BundleError(f"{archive.name} must hold exactly {', '.join((MANIFEST, *FILES))}")
+            if any(info.compress_type != zipfile.ZIP_STORED for info in source.infolist()):
+                raise BundleError(f"{archive.name} has compressed files; a bundle's are stored as they are")
             if sizes[MANIFEST] > MAX_MANIFEST_BYTES:
                 raise BundleError(f"{MANIFEST} is larger than {MAX_MANIFEST_BYTES} bytes")
             manifest = Manifest.from_json(source.read(MANIFEST).decode("utf-8"))
@@ -267,6 +303,6 @@ def extract_archive(archive: Path, folder: Path) -> Bundle:
             folder.mkdir(parents=True, exist_ok=True)
             for name in (MANIFEST, *FILES):
                 (folder / name).write_bytes(source.read(name))
-    except (zipfile.BadZipFile, OSError, UnicodeDecodeError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, OSError, UnicodeDecodeError, NotImplementedError, RuntimeError, EOFError) as error:
         raise BundleError(f"{archive.name} is not a bundle archive: {error}") from error
     return Bundle.open(folder)

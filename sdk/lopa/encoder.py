@@ -15,8 +15,8 @@ import onnxruntime
 from tokenizers import Tokenizer
 
 from lopa.bundle import Bundle, TensorSpec
-from lopa.errors import BundleError
-from lopa.values import Float32
+from lopa.errors import BundleError, FactorsError
+from lopa.values import Float32, unicode_text
 
 Tensors = Mapping[str, Float32]
 """Named float32 tensors."""
@@ -65,8 +65,10 @@ class PromptEncoder:
         Texts of similar length run together, so that little padding is computed. Too long a text loses the side that the manifest names.
 
         Raises:
-            BundleError: a graph that breaks the contract.
+            BundleError: a graph that breaks the contract. InvalidRequest: a text with a lone surrogate.
         """
+        for i, text in enumerate(texts):
+            unicode_text(text, f"texts[{i}]")
         specs = self.bundle.manifest.instance
         result = {spec.name: np.empty((len(texts), *spec.shape), np.float32) for spec in specs}
         if not specs or not texts:
@@ -81,8 +83,15 @@ class PromptEncoder:
         return result
 
     def compose(self, instance: Tensors, personal: Tensors) -> Float32:
-        """Soft prompts from instance and personal tensors: (b, m, d)."""
-        return self._run("compose.onnx", {**instance, **personal})["soft_prompt"]
+        """Soft prompts from instance and personal tensors: (b, m, d).
+
+        Raises:
+            BundleError: a graph that breaks the contract. FactorsError: the soft prompts have values that are not finite.
+        """
+        soft = self._run("compose.onnx", {**instance, **personal})["soft_prompt"]
+        if not np.isfinite(soft).all():
+            raise FactorsError("these factors give soft prompts with values that are not finite; `rollback` to another version")
+        return soft
 
     def update(
         self,

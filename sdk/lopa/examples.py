@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lopa.errors import InvalidRequest, TuningError
-from lopa.values import Message, Prompt, Target
+from lopa.values import Message, Prompt, Target, unicode_text
 
 DEFAULT_VALIDATION = 0.2
 """Share of the examples that is held back to measure on."""
@@ -57,12 +57,12 @@ def text_for_encoder(prompt: Prompt, given: str | None) -> str:
     """What the prompt encoder reads: `given`, else the prompt's text; chat messages as lines "role: content".
 
     Raises:
-        InvalidRequest: token ids without `given`.
+        InvalidRequest: token ids without `given`, or text with a lone surrogate.
     """
     if given is not None:
-        return given
+        return unicode_text(given, "encoder_text")
     if isinstance(prompt, str):
-        return prompt
+        return unicode_text(prompt, "prompt")
     lines = []
     for turn in prompt:
         if isinstance(turn, Message):
@@ -71,7 +71,7 @@ def text_for_encoder(prompt: Prompt, given: str | None) -> str:
             lines.append(f"{turn.get('role')}: {turn.get('content')}")
         else:
             raise InvalidRequest("the prompt encoder reads text: with token ids, give encoder_text too", field="encoder_text")
-    return "\n".join(lines)
+    return unicode_text("\n".join(lines), "prompt")
 
 
 def permutation(count: int, *key: object) -> list[int]:
@@ -155,7 +155,7 @@ def read_jsonl(path: Path) -> list[Example]:
 def _parse_line(line: str, where: str) -> Example:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TuningError(f"{where}: not JSON: {error}") from error
     if not isinstance(row, dict) or not {"prompt", "target"} <= set(row) or set(row) - _FIELDS:
         raise TuningError(f'{where}: one object with "prompt" and "target" is needed; {", ".join(sorted(_FIELDS))} are the fields known')

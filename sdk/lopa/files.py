@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,24 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise StorageError(f"can't write {path}: {error}") from error
 
 
+def read_limited(path: Path, limit: int) -> bytes:
+    """A regular file's whole content, which must not be larger than `limit` bytes; never more than that is read.
+
+    Its size is not taken from the file system: a device or a growing file has another than it says.
+
+    Raises:
+        ValueError: not a regular file, or larger. OSError: it can't be read.
+    """
+    # Without waiting, or a named pipe would hold the caller here for ever.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError(f"{path} is not a regular file")
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"{path} is larger than {limit} bytes")
+    return data
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in a folder durable. Windows has no such call and needs none."""
     if sys.platform == "win32":
@@ -59,7 +78,8 @@ def make_folder(path: Path) -> None:
 def sweep(folder: Path) -> None:
     """Remove what a crashed `write_atomic` left in a folder. Call it with the folder's lock held."""
     for leftover in folder.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder of such a name is not ours, and what can't go does no harm
+            leftover.unlink()
 
 
 @contextlib.contextmanager

@@ -14,17 +14,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from lopa.bundle import Bundle, TensorSpec
+from lopa.bundle import MAX_FILE_BYTES, Bundle, TensorSpec, check_tensors
 from lopa.errors import FactorsError, FolderError
 from lopa.factors import Factors
-from lopa.files import locked, make_folder, sweep, write_atomic
+from lopa.files import locked, make_folder, read_limited, sweep, write_atomic
 
 SCHEMA = 1
 KEPT_VERSIONS = 32
@@ -32,6 +33,8 @@ KEPT_VERSIONS = 32
 _MAX_RECORD_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _HEX = re.compile(r"[0-9a-f]{64}")
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""What reading a damaged JSON file can raise."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,28 @@ class Version:
     sha256: str
     validation_nll: float | None
     """Nats per target token on the run's validation examples."""
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Self:
+        """One entry of persona.json.
+
+        Raises:
+            ValueError, TypeError: a field is missing, unknown, of another type or out of range.
+        """
+        version = cls(**row)
+        nll = version.validation_nll
+        rules = {
+            "version": type(version.version) is int and 1 <= version.version < 1 << 31,
+            "created": isinstance(version.created, str) and version.created.isascii() and version.created.isprintable(),
+            "origin": version.origin in ("start", "tune"),
+            "parent": type(version.parent) is int and 0 <= version.parent < 1 << 31,
+            "size": type(version.size) is int and 0 < version.size <= MAX_FILE_BYTES,
+            "sha256": isinstance(version.sha256, str) and _HEX.fullmatch(version.sha256),
+            "validation_nll": nll is None or (type(nll) in (int, float) and math.isfinite(nll)),
+        }
+        if wrong := [name for name, holds in rules.items() if not holds]:
+            raise ValueError(f"a version has a bad {', '.join(wrong)}")
+        return version
 
 
 @dataclass(frozen=True)
@@ -87,18 +112,22 @@ class Record:
         """Parse and check.
 
         Raises:
-            ValueError, KeyError, TypeError: not such a record.
+            ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError: not such a record.
         """
         document: dict[str, Any] = json.loads(text)
         if document["schema"] != SCHEMA:
             raise ValueError(f"schema is {document['schema']!r}, this version of lopa reads {SCHEMA}")
-        tensors = tuple(TensorSpec(str(row["name"]), tuple(map(int, row["shape"])), str(row["dtype"])) for row in document["tensors"])
-        versions = tuple(Version(**row) for row in document["versions"])
+        tensors = tuple(TensorSpec(str(row["name"]), tuple(row["shape"]), str(row["dtype"])) for row in document["tensors"])
+        versions = tuple(Version.from_row(row) for row in document["versions"])
         record = cls(**{**document, "tensors": tensors, "versions": versions})
         if not (_NAME.fullmatch(record.persona) and _HEX.fullmatch(record.bundle_id) and _HEX.fullmatch(record.fm_fingerprint)):
             raise ValueError("persona, bundle_id or fm_fingerprint is malformed")
-        if any(spec.dtype not in ("F16", "F32") for spec in tensors) or record.current not in [v.version for v in versions]:
-            raise ValueError("a dtype is unknown, or the current version is not among the versions")
+        check_tensors("tensors", tensors)
+        numbers = [version.version for version in versions]
+        if numbers != sorted(set(numbers)) or type(record.current) is not int or record.current not in numbers:
+            raise ValueError("the versions are not in order, or the current one is not among them")
+        if not isinstance(record.fm_name, str):
+            raise ValueError("fm_name is not text")
         return record
 
 
@@ -145,12 +174,10 @@ class PersonaStore:
         path = self.folder / "persona.json"
         try:
             _check_root(self.root, create=False)
-            if path.stat().st_size > _MAX_RECORD_BYTES:
-                raise ValueError(f"larger than {_MAX_RECORD_BYTES} bytes")
-            return Record.from_json(path.read_text(encoding="utf-8"))
+            return Record.from_json(read_limited(path, _MAX_RECORD_BYTES).decode("utf-8"))
         except FileNotFoundError as error:
             raise FolderError(f"{self.root} has no persona {self.name}") from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except _DAMAGE as error:
             raise FolderError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
     def factors(self, record: Record, number: int | None = None) -> Factors:
@@ -162,10 +189,9 @@ class PersonaStore:
         version = record.version(record.current if number is None else number)
         path = self.factors_path(version.version)
         try:
-            size = path.stat().st_size
-            data = path.read_bytes() if size == version.size else b""
-        except OSError as error:
-            raise FactorsError(f"version {version.version} of persona {self.name} can't be read: {error}") from error
+            data = read_limited(path, version.size)
+        except (OSError, ValueError) as error:
+            raise FactorsError(f"version {version.version} of persona {self.name} can't be read: {error}; `rollback` to another one") from error
         if hashlib.sha256(data).hexdigest() != version.sha256:
             raise FactorsError(f"{path} was changed or damaged since it was written; `rollback` to another version")
         factors = Factors.from_bytes(data, record.tensors)
@@ -232,16 +258,25 @@ def personas(root: Path | str) -> list[str]:
     root = Path(root).expanduser()
     try:
         _check_root(root, create=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
         raise FolderError(f"{root} is not a personal folder: {error}") from error
     return sorted(path.parent.name for path in root.glob("personas/*/persona.json"))
 
 
 def _check_root(root: Path, *, create: bool) -> None:
-    """Check the folder's schema; with `create`, write it when it is not there yet."""
+    """Check the folder's schema; with `create`, write it when it is not there yet.
+
+    Raises:
+        FileNotFoundError: no lopa.json. FolderError: it is damaged, or of another schema.
+    """
     path = root / "lopa.json"
     if create and not path.exists():
         write_atomic(path, (json.dumps({"schema": SCHEMA}) + "\n").encode())
-    schema = json.loads(path.read_text(encoding="utf-8"))["schema"]
-    if schema != SCHEMA:
-        raise ValueError(f"{path} has schema {schema!r}, this version of lopa reads {SCHEMA}")
+    try:
+        schema = json.loads(read_limited(path, _MAX_RECORD_BYTES))["schema"]
+        if schema != SCHEMA:
+            raise ValueError(f"it has schema {schema!r}, this version of lopa reads {SCHEMA}")
+    except FileNotFoundError:
+        raise
+    except _DAMAGE as error:
+        raise FolderError(f"{path} can't be used: {type(error).__name__}: {error}") from error

@@ -7,6 +7,7 @@ Format: 8 bytes of little-endian header length, the JSON header, the arrays with
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from lopa.errors import FactorsError
 from lopa.values import Float32
 
 STORED: Mapping[str, type[np.floating[Any]]] = {"F16": np.float16, "F32": np.float32}
-_MAX_HEADER_BYTES = 1 << 20
+MAX_HEADER_BYTES = 1 << 20
 _ALIGNMENT = 8
 
 
@@ -52,7 +53,7 @@ def read_tensors(data: bytes, specs: Sequence[TensorSpec]) -> dict[str, Float32]
         entry = header[spec.name]
         found = (entry.get("dtype"), entry.get("shape")) if isinstance(entry, dict) else entry
         if found != (spec.dtype, list(spec.shape)):
-            raise FactorsError(f"tensor {spec.name} is {found}; {spec.dtype} of shape {list(spec.shape)} is expected")
+            raise FactorsError(f"tensor {spec.name} is {reprlib.repr(found)}; {spec.dtype} of shape {list(spec.shape)} is expected")
     try:
         arrays = load(data)
     except SafetensorError as error:
@@ -63,11 +64,11 @@ def read_tensors(data: bytes, specs: Sequence[TensorSpec]) -> dict[str, Float32]
 def _header(data: bytes) -> dict[str, Any]:
     """The JSON header: 8 bytes of length, then the text (safetensors format)."""
     length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or not 2 <= length <= min(_MAX_HEADER_BYTES, len(data) - 8):
+    if len(data) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, len(data) - 8):
         raise FactorsError("not a safetensors file, or cut short")
     try:
         header = json.loads(data[8 : 8 + length])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FactorsError(f"damaged safetensors header: {error}") from error
     if not isinstance(header, dict):
         raise FactorsError("damaged safetensors header: not an object")
@@ -81,4 +82,6 @@ def read_metadata(data: bytes) -> dict[str, str]:
         FactorsError: not such a file.
     """
     metadata = _header(data).get("__metadata__", {})
-    return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FactorsError("damaged safetensors header: the metadata is not text by name")
+    return metadata

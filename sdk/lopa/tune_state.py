@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
+
+import numpy as np
 
 from lopa.bundle import TensorSpec
 from lopa.encoder import Moments, Tensors
 from lopa.errors import FactorsError, FolderError
-from lopa.files import write_atomic
-from lopa.tensorfile import read_metadata, read_tensors, write_tensors
+from lopa.files import read_limited, write_atomic
+from lopa.tensorfile import MAX_HEADER_BYTES, read_metadata, read_tensors, write_tensors
 from lopa.values import Float32
 
 _KINDS = ("personal", "exp_avg", "exp_avg_sq", "best")
@@ -35,6 +38,35 @@ class Progress:
     seconds: float = 0.0
     sent_bytes: int = 0
     received_bytes: int = 0
+
+    @classmethod
+    def from_json(cls, text: str, steps: int) -> Self:
+        """Parse and check the progress of a run of `steps` steps.
+
+        Raises:
+            ValueError, TypeError, RecursionError: not such a progress.
+        """
+        progress = cls(**json.loads(text))
+        progress.validation = [(step, nll) for step, nll in progress.validation]
+        measured = [progress.before_nll, progress.best_nll, *(nll for _, nll in progress.validation)]
+        counts = [
+            progress.step,
+            progress.best_step,
+            progress.sent_bytes,
+            progress.received_bytes,
+            *(step for step, _ in progress.validation),
+        ]
+        reals = [*measured, *progress.losses, *progress.gradient_norms, progress.seconds]
+        if any(type(count) is not int or count < 0 for count in counts) or any(type(real) not in (int, float) for real in reals):
+            raise TypeError("a number of the progress is of another type, or negative")
+        if not progress.best_step <= progress.step <= steps or any(step > progress.step for step, _ in progress.validation):
+            raise ValueError(f"it is at step {progress.step}, its best at {progress.best_step}; the run has {steps} steps")
+        if any(map(math.isnan, measured)) or not len(progress.losses) == len(progress.gradient_norms) == progress.step:
+            raise ValueError("its losses don't fit its step")
+        ended: dict[Any, bool] = {"running": progress.step < steps, "finished": progress.step == steps, "diverged": True}
+        if not ended.get(progress.outcome, False):
+            raise ValueError(f"outcome {progress.outcome!r} doesn't fit step {progress.step}")
+        return progress
 
 
 @dataclass
@@ -67,8 +99,8 @@ class TuneState:
         write_atomic(path, write_tensors(tensors, specs, metadata))
 
 
-def load_state(path: Path, digest: str, specs: Sequence[TensorSpec]) -> TuneState | None:
-    """The unfinished run of this digest; None when there is none or the file holds another run.
+def load_state(path: Path, digest: str, specs: Sequence[TensorSpec], steps: int) -> TuneState | None:
+    """The unfinished run of this digest; None when there is none or the file holds another run. steps: how many it has in all.
 
     Raises:
         FolderError: the file is damaged.
@@ -76,15 +108,16 @@ def load_state(path: Path, digest: str, specs: Sequence[TensorSpec]) -> TuneStat
     if not path.exists():
         return None
     try:
-        data = path.read_bytes()
+        data = read_limited(path, 8 + MAX_HEADER_BYTES + sum(len(_KINDS) * 4 * math.prod(spec.shape) for spec in specs))
         metadata = read_metadata(data)
         if metadata.get("digest") != digest:
             return None
         wanted = [TensorSpec(f"{kind}.{spec.name}", spec.shape, "F32") for kind in _KINDS for spec in specs]
         flat = read_tensors(data, wanted)
-        progress = Progress(**json.loads(metadata["progress"]))
-    except (OSError, FactorsError, ValueError, KeyError, TypeError) as error:
+        if not all(np.isfinite(value).all() for name, value in flat.items() if name.startswith(("personal.", "best."))):
+            raise ValueError("its factors have values that are not finite")
+        progress = Progress.from_json(metadata["progress"], steps)
+    except (OSError, FactorsError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise FolderError(f"{path} is damaged ({error}); remove it to tune from the start") from error
-    progress.validation = [(int(step), float(nll)) for step, nll in progress.validation]
     groups: dict[str, dict[str, Float32]] = {kind: {spec.name: flat[f"{kind}.{spec.name}"] for spec in specs} for kind in _KINDS}
     return TuneState(digest, groups["personal"], Moments(groups["exp_avg"], groups["exp_avg_sq"]), groups["best"], progress)

@@ -17,7 +17,7 @@ import numpy as np
 
 from lopa import examples as data
 from lopa.encoder import Moments, PromptEncoder, Tensors
-from lopa.errors import InvalidRequest, RemoteError, TuningError
+from lopa.errors import FactorsError, InvalidRequest, RemoteError, TuningError
 from lopa.examples import Example
 from lopa.factors import Factors
 from lopa.folder import PersonaStore
@@ -107,7 +107,7 @@ class Tuner:
         Raises:
             Unavailable: no server for `patience` seconds; call again to go on. Others: as the server or the folder says.
         """
-        state = load_state(self._store.tuning_path, self._digest(), self._encoder.bundle.manifest.personal)
+        state = load_state(self._store.tuning_path, self._digest(), self._encoder.bundle.manifest.personal, self._config.steps)
         if state is None:
             state = self._begin()
         resumed_from = state.progress.step
@@ -178,7 +178,10 @@ class Tuner:
 
     def _gradients(self, batch: Encoded, personal: Tensors) -> list[PairGradient]:
         config = self._config
-        pairs = pairs_with(batch, self._encoder.compose(batch.instance, personal))
+        try:
+            pairs = pairs_with(batch, self._encoder.compose(batch.instance, personal))
+        except FactorsError as error:
+            raise Diverged(str(error)) from error
 
         def ask() -> list[PairGradient]:
             return self._source.prompt_gradients(
@@ -203,10 +206,10 @@ class Tuner:
         """NLL per target token over the validation examples; infinite for factors that can't be used."""
         if not factors.finite:
             return math.inf
-        pairs = pairs_with(self._validation, self._encoder.compose(self._validation.instance, factors.tensors))
         try:
+            pairs = pairs_with(self._validation, self._encoder.compose(self._validation.instance, factors.tensors))
             scores = self._ask(lambda: self._source.score(pairs, dtype=self._config.dtype, placement=self._config.placement))
-        except Diverged:
+        except (Diverged, FactorsError):
             return math.inf
         return sum(score.nll_sum for score in scores) / sum(score.target_tokens for score in scores)
 

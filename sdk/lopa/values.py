@@ -12,6 +12,8 @@ from typing import Literal, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from lopa.errors import InvalidRequest
+
 Float32 = NDArray[np.float32]
 Dtype = Literal["F32", "F16", "BF16", "I8"]
 """Element types on the wire. I8 has one float32 scale per row."""
@@ -217,3 +219,17 @@ class Traffic:
 
     def __sub__(self, other: Traffic) -> Traffic:
         return Traffic(self.sent_bytes - other.sent_bytes, self.received_bytes - other.received_bytes, self.requests - other.requests)
+
+
+def unicode_text(text: str, field: str) -> str:
+    """The same text, if it can be written as UTF-8.
+
+    Raises:
+        InvalidRequest: it holds a lone surrogate, as undecodable bytes of a command line become; the message names `field`.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        message = f"{field} is not valid Unicode text: character {error.start} is a lone surrogate"
+        raise InvalidRequest(message, field=field, limit="UTF-8 text", found=ascii(text[error.start])) from error
+    return text

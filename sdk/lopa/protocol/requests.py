@@ -9,7 +9,7 @@ import numpy as np
 
 from lopa.errors import InvalidRequest
 from lopa.v1 import common_pb2, inference_pb2
-from lopa.values import Dtype, Float32, Message, Pair, Placement, Prompt, Sampling, Target
+from lopa.values import Dtype, Float32, Message, Pair, Placement, Prompt, Sampling, Target, unicode_text
 from lopa.wire.tensors import ITEM_BYTES, soft_prompt_message
 
 DTYPES: Mapping[str, common_pb2.DType.ValueType] = {
@@ -56,7 +56,9 @@ def _chat(turns: Sequence[object], field: str) -> common_pb2.Chat:
         role, content = (turn.role, turn.content) if isinstance(turn, Message) else _mapping_turn(turn)
         if not isinstance(role, str) or not isinstance(content, str):
             raise InvalidRequest(f"{field}[{i}] must have a role and a content, both text", field=f"{field}[{i}]", limit="role, content")
-        messages.append(common_pb2.ChatMessage(role=role, content=content))
+        messages.append(
+            common_pb2.ChatMessage(role=unicode_text(role, f"{field}[{i}].role"), content=unicode_text(content, f"{field}[{i}].content"))
+        )
     return common_pb2.Chat(messages=messages)
 
 
@@ -68,10 +70,10 @@ def prompt_message(prompt: Prompt, field: str = "prompt") -> common_pb2.Prompt:
     """A Prompt message from text, chat messages or token ids.
 
     Raises:
-        InvalidRequest: of none of these forms.
+        InvalidRequest: of none of these forms, or text with a lone surrogate.
     """
     if isinstance(prompt, str):
-        return common_pb2.Prompt(text=prompt)
+        return common_pb2.Prompt(text=unicode_text(prompt, field))
     items: list[object] = list(prompt)
     if items and isinstance(items[0], Message | Mapping):
         return common_pb2.Prompt(chat=_chat(items, field))
@@ -82,10 +84,10 @@ def target_message(target: Target, append_end: bool, field: str = "target") -> c
     """A Target message from text or token ids.
 
     Raises:
-        InvalidRequest: of neither form.
+        InvalidRequest: of neither form, or text with a lone surrogate.
     """
     if isinstance(target, str):
-        return common_pb2.Target(text=target, append_end=append_end)
+        return common_pb2.Target(text=unicode_text(target, field), append_end=append_end)
     return common_pb2.Target(tokens=_token_ids(list(target), field), append_end=append_end)
 
 
