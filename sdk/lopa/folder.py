@@ -191,7 +191,9 @@ class PersonaStore:
         try:
             data = read_limited(path, version.size)
         except (OSError, ValueError) as error:
-            raise FactorsError(f"version {version.version} of persona {self.name} can't be read: {error}; `rollback` to another one") from error
+            raise FactorsError(
+                f"version {version.version} of persona {self.name} can't be read: {error}; `rollback` to another one"
+            ) from error
         if hashlib.sha256(data).hexdigest() != version.sha256:
             raise FactorsError(f"{path} was changed or damaged since it was written; `rollback` to another version")
         factors = Factors.from_bytes(data, record.tensors)
