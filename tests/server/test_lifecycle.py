@@ -152,8 +152,11 @@ def test_a_full_queue_is_told_with_a_time_to_come_back(tiny_fm: Path) -> None:
     config = ServerConfig(fm=tiny_fm, threads=1, max_batch=1, max_waiting=1)
     with start_server(config) as server, grpc.insecure_channel(server.address) as channel:
         client = Client(channel)
-        running, waiting = client.inference.Generate(LONG), client.inference.Generate(LONG)
+        running = client.inference.Generate(LONG)
         next(running)
+        waiting = client.inference.Generate(LONG)
+        while not server.app.engine.stats().waiting and running.is_active():
+            client.inference.Score(inference_pb2.ScoreRequest(pairs=[pair()]))
         refused = failure(lambda: client.tokens(LONG))
         assert (refused.code, refused.reason, refused.limit) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", "1")
         assert refused.retry_seconds
