@@ -10,8 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from lopa.client import Client
     from lopa.persona import Persona
 
-STEPS = {"completion": 60, "filing": 160}
+STEPS = {"completion": 50, "filing": 170}
 """Tuning steps by task: completion has little to learn, filing has to learn the user's own answers."""
 VALIDATION, VALIDATE_EVERY = 0.1, 30
 """The share of tuning items that is held back to measure on, and the steps between measurements."""
@@ -47,10 +46,19 @@ def personal_scores(persona: Persona, items: Sequence[Item]) -> list[lopa.PairSc
     return persona.score(examples(items))
 
 
-def accuracy(measure: Callable[[Sequence[Item]], Sequence[lopa.PairScore]], data: TaskData) -> float:
-    """The part of test items whose own label is the likeliest, as a whole, of all the user's labels."""
-    choices = [Item(item.prompt, label, append_end=True) for item in data.test for label in data.labels]
-    nll = [score.nll_sum for score in measure(choices)]
+def accuracy(client: Client, persona: Persona | None, data: TaskData) -> float:
+    """The part of test items whose own label is the likeliest, as a whole, of all the user's labels.
+
+    Without a persona: for the plain model.
+    """
+    prompts = [item.prompt for item in data.test]
+    soft = [None] * len(prompts) if persona is None else list(persona.soft_prompts(prompts))
+    choices = [
+        lopa.Pair(prompt, label, append_end=True, soft_prompt=rows)
+        for prompt, rows in zip(prompts, soft, strict=True)
+        for label in data.labels
+    ]
+    nll = [score.nll_sum for score in client.score(choices)]
     right, width = 0, len(data.labels)
     for at, item in enumerate(data.test):
         row = nll[at * width : (at + 1) * width]
@@ -71,16 +79,15 @@ def run_task(client: Client, folder: Path, data: TaskData, steps: int | None) ->
 
     steps = steps or STEPS[data.task]
     report = persona.tune(examples(data.tuning), steps=steps, validation=VALIDATION, validate_every=VALIDATE_EVERY, on_step=on_step)
-    plain, personal = partial(plain_scores, client), partial(personal_scores, persona)
     filing = data.task == "filing"
     say(
         "done",
         user=data.user,
         task=data.task,
-        base_nll=nll_per_token(plain(data.test)),
-        personal_nll=nll_per_token(personal(data.test)),
-        base_accuracy=accuracy(plain, data) if filing else None,
-        personal_accuracy=accuracy(personal, data) if filing else None,
+        base_nll=nll_per_token(plain_scores(client, data.test)),
+        personal_nll=nll_per_token(personal_scores(persona, data.test)),
+        base_accuracy=accuracy(client, None, data) if filing else None,
+        personal_accuracy=accuracy(client, persona, data) if filing else None,
         chance_accuracy=1 / len(data.labels) if filing else None,
         factor_bytes=persona.factor_bytes,
         tune_seconds=report.seconds,
