@@ -2,8 +2,9 @@
 
     python training/bundle.py --out build/lopa_nano_bundle
 
-The settings below were chosen on the development packages (`split.json`): neither the population that the shared part is
-trained on nor the held-out users of the demo. An interrupted run goes on where it stopped.
+The settings below come from a few trials on the development packages (`split.json`): neither the population that the shared
+part is trained on nor the held-out users of the demo. At the end those packages are tuned and measured with the new bundle.
+An interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
