@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +25,8 @@ def demo(
     """
     from lopa.demo.run import DemoOptions, run
 
+    # Ended from outside, the demo still ends its server and devices: SystemExit runs their `finally`.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     result = run(DemoOptions(users, steps, folder), _Screen())
     _print(result)
     if json_file is not None:
