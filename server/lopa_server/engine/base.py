@@ -94,6 +94,10 @@ class GenerateRequest:
     id: str
     input: InputSequence
     sampling: SamplingParams
+    tenant: str = ""
+    """Whose request it is: the waiting queue shares out the batch between tenants."""
+    cache_salt: bytes = b""
+    """Computed prefixes are reused among requests of equal salt only; derived from who is authenticated, never sent by a client."""
 
 
 class Finish(Enum):
@@ -139,6 +143,8 @@ class PairRequest:
 
     input: InputSequence
     target: tuple[int, ...]
+    cache_salt: bytes = b""
+    """As in `GenerateRequest`."""
 
     def __len__(self) -> int:
         return len(self.input) + len(self.target)
@@ -194,6 +200,29 @@ class EngineStats:
     pair_batches: int = 0
     aborted: int = 0
     failed: int = 0
+    block_size: int = 0
+    """Positions in one block of the key-value cache."""
+    blocks_total: int = 0
+    blocks_used: int = 0
+    """Blocks that a live request or pair reads or writes."""
+    blocks_cached: int = 0
+    """Free blocks whose content may still serve as somebody's prefix."""
+    kv_positions: int = 0
+    """Positions that hold something in the blocks used: 1 - kv_positions / (blocks_used * block_size) is wasted."""
+    prefix_hit_tokens: int = 0
+    """Prompt positions that came from the prefix cache; prefill_tokens counts those that were computed."""
+    pair_prefix_hit_tokens: int = 0
+    """The same for pairs."""
+    pair_prefix_tokens: int = 0
+    """Prefix positions of pairs that were computed, without a gradient."""
+    preemptions: int = 0
+    """Requests that lost their blocks to another one and were computed again."""
+    steps: int = 0
+    """Forward passes for streams, each of decoding rows and pieces of prompts together."""
+    step_positions: int = 0
+    """Positions in all those passes together."""
+    step_rows: int = 0
+    """Requests in all those passes together."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Time spent computing, by kind of step."""
 
