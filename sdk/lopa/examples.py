@@ -28,9 +28,10 @@ class Example:
     append_end: bool = False
     """Learn to stop after the target: the FM's end token is appended and counted."""
     prefix: str | Sequence[int] | None = None
-    """Shared text before the prompt, such as a system prompt."""
+    """What stands before the prompt, such as a system prompt; with `placement="after_prefix"` the soft prompt stands between
+    the two, and then the prompt may be empty."""
     encoder_text: str | None = None
-    """What the prompt encoder reads; None for the prompt's own text. Needed with token ids."""
+    """What the prompt encoder reads; None for the text of prefix and prompt. Needed with token ids."""
 
 
 ExampleLike = Example | tuple[Prompt, Target]
@@ -53,17 +54,20 @@ def as_examples(items: Iterable[ExampleLike]) -> list[Example]:
     return examples
 
 
-def text_for_encoder(prompt: Prompt, given: str | None) -> str:
-    """What the prompt encoder reads: `given`, else the prompt's text; chat messages as lines "role: content".
+def text_for_encoder(prompt: Prompt, given: str | None, prefix: str | Sequence[int] | None = None) -> str:
+    """What the prompt encoder reads: `given`, else the text of prefix and prompt; chat messages as lines "role: content".
 
     Raises:
         InvalidRequest: token ids without `given`, or text with a lone surrogate.
     """
     if given is not None:
         return unicode_text(given, "encoder_text")
+    if prefix is not None and not isinstance(prefix, str):
+        raise InvalidRequest("the prompt encoder reads text: with token ids, give encoder_text too", field="encoder_text")
+    before = unicode_text(prefix or "", "prefix")
     if isinstance(prompt, str):
-        return unicode_text(prompt, "prompt")
-    lines = []
+        return before + unicode_text(prompt, "prompt")
+    lines = [before] if before else []
     for turn in prompt:
         if isinstance(turn, Message):
             lines.append(f"{turn.role}: {turn.content}")

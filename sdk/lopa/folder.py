@@ -26,6 +26,7 @@ from lopa.bundle import MAX_FILE_BYTES, Bundle, TensorSpec, check_tensors
 from lopa.errors import FactorsError, FolderError
 from lopa.factors import Factors
 from lopa.files import locked, make_folder, read_limited, sweep, write_atomic
+from lopa.values import Placement
 
 SCHEMA = 1
 KEPT_VERSIONS = 32
@@ -54,6 +55,8 @@ class Version:
     sha256: str
     validation_nll: float | None
     """Nats per target token on the run's validation examples."""
+    placement: Placement = "front"
+    """Where the soft prompt stood in that run, and stands by default."""
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Self:
@@ -71,6 +74,7 @@ class Version:
             "parent": type(version.parent) is int and 0 <= version.parent < 1 << 31,
             "size": type(version.size) is int and 0 < version.size <= MAX_FILE_BYTES,
             "sha256": isinstance(version.sha256, str) and _HEX.fullmatch(version.sha256),
+            "placement": version.placement in ("front", "after_prefix"),
             "validation_nll": nll is None or (type(nll) in (int, float) and math.isfinite(nll)),
         }
         if wrong := [name for name, holds in rules.items() if not holds]:
@@ -91,6 +95,11 @@ class Record:
     versions: tuple[Version, ...]
     """Oldest first."""
     schema: int = SCHEMA
+
+    @property
+    def placement(self) -> Placement:
+        """Where the current version's soft prompt stands."""
+        return self.version(self.current).placement
 
     def version(self, number: int) -> Version:
         """One version by number.
@@ -216,11 +225,12 @@ class PersonaStore:
                 sweep(folder)
             yield
 
-    def append(self, factors: Factors, *, validation_nll: float) -> Version:
+    def append(self, factors: Factors, *, validation_nll: float, placement: Placement = "front") -> Version:
         """Save tuned factors as a new version and make it the current one. Call it with the lock held."""
         record = self.record()
         number = record.versions[-1].version + 1
         version = self._write_factors(factors, number, origin="tune", parent=record.current, validation_nll=validation_nll)
+        version = replace(version, placement=placement)
         versions = (*record.versions, version)[-KEPT_VERSIONS:]
         self._write_record(replace(record, current=number, versions=versions))
         for old in set(record.versions) - set(versions):

@@ -59,6 +59,11 @@ class Persona:
         return self.record.bundle_id
 
     @property
+    def placement(self) -> Placement:
+        """Where the current factors' soft prompt stands by default: as they were tuned."""
+        return self.record.placement
+
+    @property
     def factors(self) -> Factors:
         """The current factors.
 
@@ -110,16 +115,20 @@ class Persona:
         encoder_text: str | None = None,
         prefix: str | Sequence[int] | None = None,
         dtype: Dtype = "F32",
-        placement: Placement = "front",
+        placement: Placement | None = None,
         timeout: float | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Generation:
-        """As `Client.generate`, with the personal soft prompt. encoder_text: what the encoder reads instead of the prompt's text.
+        """As `Client.generate`, with the personal soft prompt.
+
+        encoder_text: what the encoder reads instead of the text of prefix and prompt. placement: by default the one that the
+        persona was tuned with; after a prefix, the prompt may be empty.
 
         Raises:
             Unavailable: offline. Others: as `Client.generate` and `soft_prompts`.
         """
-        soft = self._soft_prompt(prompt, encoder_text)
+        soft = self._soft_prompt(prompt, encoder_text, prefix)
+        placement = placement or self.placement
         return self._need_client().generate(
             prompt, prefix=prefix, soft_prompt=soft, dtype=dtype, placement=placement, timeout=timeout, **sampling
         )
@@ -131,20 +140,28 @@ class Persona:
         encoder_text: str | None = None,
         prefix: str | Sequence[int] | None = None,
         dtype: Dtype = "F32",
-        placement: Placement = "front",
+        placement: Placement | None = None,
         timeout: float | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> GenerationStream:
         """As `Client.stream`, with the personal soft prompt."""
-        soft = self._soft_prompt(prompt, encoder_text)
+        soft = self._soft_prompt(prompt, encoder_text, prefix)
+        placement = placement or self.placement
         return self._need_client().stream(
             prompt, prefix=prefix, soft_prompt=soft, dtype=dtype, placement=placement, timeout=timeout, **sampling
         )
 
     def score(
-        self, examples: Iterable[ExampleLike], *, factors: Factors | None = None, dtype: Dtype = "F32", placement: Placement = "front"
+        self,
+        examples: Iterable[ExampleLike],
+        *,
+        factors: Factors | None = None,
+        dtype: Dtype = "F32",
+        placement: Placement | None = None,
     ) -> list[PairScore]:
         """Negative log-likelihood of each example's target, with the current factors or the ones given.
+
+        placement: by default the one that the persona was tuned with.
 
         Raises:
             Unavailable: offline. FingerprintMismatch: factors of another bundle. Others: as `Client.score`.
@@ -154,7 +171,7 @@ class Persona:
         if not encoded.examples:
             return []
         pairs = pairs_with(encoded, encoder.compose(encoded.instance, self._tensors(factors).tensors))
-        return client.score(pairs, dtype=dtype, placement=placement)
+        return client.score(pairs, dtype=dtype, placement=placement or self.placement)
 
     def tune(
         self,
@@ -187,8 +204,8 @@ class Persona:
         with self._store.lock():
             return Tuner(client.metered(), encoder, self._store, config, parts, on_step or (lambda _: None)).run()
 
-    def _soft_prompt(self, prompt: Prompt, encoder_text: str | None) -> Float32:
-        row: Float32 = self.soft_prompts([text_for_encoder(prompt, encoder_text)])[0]
+    def _soft_prompt(self, prompt: Prompt, encoder_text: str | None, prefix: str | Sequence[int] | None) -> Float32:
+        row: Float32 = self.soft_prompts([text_for_encoder(prompt, encoder_text, prefix)])[0]
         return row
 
     def _tensors(self, factors: Factors | None) -> Factors:

@@ -10,7 +10,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -63,8 +63,9 @@ class Encoded:
 
 
 def encode_examples(encoder: PromptEncoder, examples: Sequence[Example]) -> Encoded:
-    """Run the encoder once over every example's prompt."""
-    return Encoded(examples, encoder.encode([data.text_for_encoder(example.prompt, example.encoder_text) for example in examples]))
+    """Run the encoder once over every example's text."""
+    texts = [data.text_for_encoder(example.prompt, example.encoder_text, example.prefix) for example in examples]
+    return Encoded(examples, encoder.encode(texts))
 
 
 def pairs_with(encoded: Encoded, soft_prompts: Float32) -> list[Pair]:
@@ -91,10 +92,12 @@ class Tuner:
         split: tuple[Sequence[Example], Sequence[Example]],
         notify: Callable[[TuneProgress], None],
     ) -> None:
-        self._source, self._encoder, self._store, self._config, self._notify = source, encoder, store, config, notify
+        record = store.record()
+        self._source, self._encoder, self._store, self._notify = source, encoder, store, notify
+        self._placement = config.placement or record.placement
+        self._config = replace(config, placement=self._placement)
         self._training, self._validation = (encode_examples(encoder, part) for part in split)
-        self._record = store.record()
-        self._current = store.factors(self._record)
+        self._current = store.factors(record)
         self._start = Factors.start(encoder.bundle) if config.fresh else self._current
         self._patience = Patience(config.patience, random.Random())
         self._clock = time.monotonic()
@@ -188,7 +191,7 @@ class Tuner:
                 pairs,
                 dtype=config.dtype,
                 gradient_dtype=config.gradient_dtype,
-                placement=config.placement,
+                placement=self._placement,
                 max_pairs=config.microbatch or None,
             )
 
@@ -208,7 +211,7 @@ class Tuner:
             return math.inf
         try:
             pairs = pairs_with(self._validation, self._encoder.compose(self._validation.instance, factors.tensors))
-            scores = self._ask(lambda: self._source.score(pairs, dtype=self._config.dtype, placement=self._config.placement))
+            scores = self._ask(lambda: self._source.score(pairs, dtype=self._config.dtype, placement=self._placement))
         except (Diverged, FactorsError):
             return math.inf
         return sum(score.nll_sum for score in scores) / sum(score.target_tokens for score in scores)
@@ -247,7 +250,7 @@ class Tuner:
         progress = state.progress
         kept = progress.best_step > 0
         if kept:
-            self._store.append(self._with(state.best), validation_nll=progress.best_nll)
+            self._store.append(self._with(state.best), validation_nll=progress.best_nll, placement=self._placement)
         self._store.tuning_path.unlink(missing_ok=True)
         record = self._store.record()
         return TuneReport(

@@ -28,7 +28,7 @@ class TuneOptions(TypedDict, total=False):
     validate_every: int
     dtype: Dtype
     gradient_dtype: Dtype
-    placement: Placement
+    placement: Placement | None
     microbatch: int
     patience: float
     fresh: bool
@@ -62,7 +62,8 @@ class TuneConfig:
     """Of soft prompts on the wire."""
     gradient_dtype: Dtype = "F32"
     """Of gradients on the wire."""
-    placement: Placement = "front"
+    placement: Placement | None = None
+    """Where the soft prompt stands; None takes what the persona was last tuned with, the front for a new one."""
     microbatch: int = 0
     """Pairs in one request at most; 0 leaves it to the server's limits."""
     patience: float = 120.0
@@ -79,6 +80,7 @@ class TuneConfig:
             "clip": 0 < self.clip < math.inf,
             "schedule": self.schedule in ("constant", "linear", "cosine"),
             "validate_every": self.validate_every >= 1,
+            "placement": self.placement in (None, "front", "after_prefix"),
             "microbatch": self.microbatch >= 0,
             "patience": 0 <= self.patience < math.inf,
         }

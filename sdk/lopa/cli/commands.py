@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -89,6 +89,9 @@ def tune(
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; default: the bundle's.", show_default=False)] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples a step; default: the bundle's.", show_default=False)] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Default: the bundle's.", show_default=False)] = None,
+    placement: Annotated[
+        Literal["front", "after_prefix"] | None, typer.Option(help="Of the soft prompt; default: as last tuned.", show_default=False)
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the split and the order.")] = 0,
     patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for a server that can't be reached.")] = 120.0,
     tls: Tls = False,
@@ -103,7 +106,7 @@ def tune(
         learn, measure = read_jsonl(examples), read_jsonl(validation) if validation else None
     except lopa.TuningError as error:
         usage_error(str(error))
-    options: TuneOptions = {"seed": seed, "patience": patience}
+    options: TuneOptions = {"seed": seed, "patience": patience, "placement": placement}
     if steps is not None:
         options["steps"] = steps
     if batch_size is not None:

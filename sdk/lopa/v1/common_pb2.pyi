@@ -227,7 +227,7 @@ Global___Chat: _TypeAlias = Chat  # noqa: Y015
 
 @_typing.final
 class Prompt(_message.Message):
-    """What the FM reads. Exactly one form; not empty after tokenization."""
+    """What the FM reads. Exactly one form; not empty after tokenization, except that text or tokens behind a prefix may be empty."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -33,10 +33,11 @@ class PromptChecker:
         self._tokenizer = tokenizer
 
     def prompt(self, message: pb.Prompt, *, first: bool, chat: bool = True) -> Ids:
-        """Token ids of a prompt or prefix, at least one.
+        """Token ids of a prompt or prefix, at least one if it is the first.
 
         Args:
-            first: nothing but a soft prompt stands before it, so a text begins with the tokenizer's special tokens.
+            first: nothing but a soft prompt stands before it, so it must not be empty, and a text begins with the tokenizer's
+                special tokens.
             chat: a conversation is allowed here.
         """
         form = message.WhichOneof("content")
@@ -47,6 +48,8 @@ class PromptChecker:
                 raise WireError(Reason.UNSUPPORTED, "chat", found="a prefix must be text or tokens")
             return self._chat(message.chat)
         empty = not message.text if form == "text" else not message.tokens.ids
+        if empty and not first:
+            return ()
         if empty:
             raise WireError(Reason.EMPTY_PROMPT, form, limit=1)
         return self._text(message.text, special_tokens=first) if form == "text" else self._ids(message.tokens)
