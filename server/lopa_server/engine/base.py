@@ -74,12 +74,23 @@ class InputSequence:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request's tokens are chosen. temperature 0 is greedy; top_k 0 keeps all."""
+    """How one request's tokens are chosen. The defaults change nothing. Penalties see real tokens only, never soft rows."""
 
     max_tokens: int
     temperature: float = 0.0
+    """0 is greedy."""
     top_p: float = 1.0
     top_k: int = 0
+    """0 keeps all."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """Over tokens of prompt and text."""
+    presence_penalty: float = 0.0
+    """Over tokens of the text."""
+    frequency_penalty: float = 0.0
+    """Over tokens of the text, once for each time."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids, each at most once, and what is added to their logits."""
     seed: int = 0
     stop: tuple[str, ...] = ()
     logprobs: int | None = None

@@ -14,7 +14,7 @@ from lopa_server.engine.base import Delta, EngineFailed, Finish, GenerateRequest
 from lopa_server.engine.scheduler import PairKind
 from lopa_server.engine.text import Decode, TextStream
 from lopa_server.engine.torch_engine.runner import PreparedInput
-from lopa_server.engine.torch_engine.sampling import Choice, Randomness
+from lopa_server.engine.torch_engine.sampling import Choice
 
 Event: TypeAlias = Delta | list[PairResult] | Exception
 
@@ -55,7 +55,6 @@ class LiveStream:
     def __init__(self, request: GenerateRequest, mailbox: Mailbox, decode: Decode, end_ids: Sequence[int]) -> None:
         self.request = request
         self.mailbox = mailbox
-        self.randomness = Randomness(request.sampling.seed)
         self.prepared: PreparedInput | None = None
         """Set when the request enters the batch, so that waiting ones take no device memory."""
         self.last_token = 0

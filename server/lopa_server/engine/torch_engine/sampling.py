@@ -1,5 +1,8 @@
 """Chooses tokens: every row by its own parameters and its own random numbers, so that a seed means the same in any batch.
 
+Order: logit bias, penalties; then the best token, or temperature, min_p, top_k, top_p and a draw. What the rows ask for is
+laid out in tensors when the batch's composition changes; a step is a few operations over all rows, whatever they ask.
+
 Legend: b rows, v vocabulary.
 """
 
@@ -12,16 +15,9 @@ import numpy as np
 import torch
 
 from lopa_server.engine.base import Logprob, SamplingParams, TokenLogprobs
-
-
-class Randomness:
-    """One uniform number in [0, 1) per token, from the request's seed and nothing else (Philox, counter-based)."""
-
-    def __init__(self, seed: int) -> None:
-        self._generator = np.random.Generator(np.random.Philox(key=seed))
-
-    def next(self) -> float:
-        return float(self._generator.random())
+from lopa_server.engine.randomness import start_state, uniform
+from lopa_server.engine.torch_engine.penalties import TokenTable, has_penalties
+from lopa_server.engine.torch_engine.truncation import Truncation, draw
 
 
 @dataclass(frozen=True)
@@ -33,69 +29,148 @@ class Choice:
     broken: bool = False
 
 
-@torch.inference_mode()
-def choose(logits: torch.Tensor, params: Sequence[SamplingParams], randomness: Sequence[Randomness]) -> list[Choice]:
-    """The next token of each row from (b, v) float32 logits."""
-    best, tokens = logits.max(dim=1)
-    finite = torch.isfinite(best).tolist()
-    chosen = tokens.tolist()
-    drawn = [row for row, param in enumerate(params) if param.temperature > 0 and finite[row]]
-    plain = [row for row in drawn if params[row].top_p >= 1 and params[row].top_k == 0]
-    cut = [row for row in drawn if row not in plain]
-    for rows, draw in ((plain, _draw), (cut, _draw_truncated)):
+@dataclass
+class _Request:
+    """What the sampler knows about a request until it leaves."""
+
+    params: SamplingParams
+    state: np.uint64
+    """Where its random numbers start."""
+    table_row: int | None
+    """Its row of the penalties' table."""
+    drawn: int = 0
+    """Random numbers used up, as of the last change of the batch."""
+
+
+class Sampler:
+    """The requests of a batch and how their tokens are chosen. One thread uses it."""
+
+    def __init__(self, vocabulary: int, device: torch.device) -> None:
+        self._device = device
+        self._vocabulary = vocabulary
+        self._table = TokenTable(vocabulary, device)
+        self._requests: dict[str, _Request] = {}
+        self._plan: _Plan | None = None
+
+    def __len__(self) -> int:
+        """Requests that have entered and not left."""
+        return len(self._requests)
+
+    def add(self, name: str, params: SamplingParams, prompt: Sequence[int]) -> None:
+        """A request enters. It stays until `remove`, whatever becomes of its place in the batch.
+
+        prompt: the real tokens that it reads, those of a prefix included; soft rows are no tokens.
+        """
+        table_row = self._table.take(prompt) if has_penalties(params) else None
+        self._requests[name] = _Request(params, start_state(params.seed), table_row)
+
+    def remove(self, name: str) -> None:
+        """A request leaves and everything known about it is forgotten; unknown names are ignored."""
+        self._settle()
+        request = self._requests.pop(name, None)
+        if request is not None and request.table_row is not None:
+            self._table.give_back(request.table_row)
+
+    @torch.inference_mode()
+    def choose(self, names: Sequence[str], logits: torch.Tensor) -> list[Choice]:
+        """The next token of each of these requests from (b, v) float32 logits, which may be overwritten.
+
+        Raises:
+            KeyError: a request that has not entered.
+        """
+        plan = self._plan_for(tuple(names))
+        reported = None if plan.reporting is None else torch.log_softmax(logits[plan.reporting], dim=1)
+        plan.process(logits, self._table)
+        best, tokens = logits.max(dim=1)
+        if plan.truncation is not None:
+            numbers = torch.from_numpy(plan.next_numbers()).to(self._device)
+            tokens[plan.drawing] = draw(logits[plan.drawing], plan.truncation, numbers)
+        if plan.penalizing is not None:
+            self._table.record(plan.table_rows, tokens[plan.penalizing])
+        chosen = torch.where(torch.isfinite(best), tokens, -1).tolist()
+        logprobs = {} if reported is None else plan.logprobs(chosen, reported)
+        return [Choice(token, logprobs.get(row), broken=token < 0) for row, token in enumerate(chosen)]
+
+    def _plan_for(self, names: tuple[str, ...]) -> _Plan:
+        """The last step's plan when nothing has changed."""
+        if self._plan is None or self._plan.names != names:
+            self._settle()
+            self._plan = _Plan(names, [self._requests[name] for name in names], self._vocabulary, self._device)
+        return self._plan
+
+    def _settle(self) -> None:
+        if self._plan is not None:
+            self._plan.settle()
+        self._plan = None
+
+
+class _Plan:
+    """What a batch of this composition asks for, in tensors. Rows that are all greedy ask for nothing: one argmax is left."""
+
+    def __init__(self, names: tuple[str, ...], requests: Sequence[_Request], vocabulary: int, device: torch.device) -> None:
+        self.names = names
+        self._device = device
+        params = [request.params for request in requests]
+        self._lay_out_draws(requests, vocabulary)
+        self._lay_out_bias(params)
+        self._lay_out_penalties(requests)
+        self._alternatives = [(row, one.logprobs) for row, one in enumerate(params) if one.logprobs is not None]
+        self.reporting = self._indices([row for row, _ in self._alternatives]) if self._alternatives else None
+
+    def process(self, logits: torch.Tensor, table: TokenTable) -> None:
+        """Bias and penalties, in place."""
+        if self._biased is not None:
+            logits.index_put_(self._biased, self._bias, accumulate=True)
+        if self.penalizing is not None:
+            logits[self.penalizing] = table.penalized(logits[self.penalizing], self.table_rows, self._penalties)
+
+    def next_numbers(self) -> np.ndarray:
+        """A uniform number for each row that draws, float64."""
+        numbers = uniform(self._states, self._counts)
+        self._counts += np.uint64(1)
+        return numbers
+
+    def settle(self) -> None:
+        """Before the plan is dropped: each request learns how many numbers it has used."""
+        for request, count in zip(self._drawers, self._counts, strict=True):
+            request.drawn = int(count)
+
+    def logprobs(self, chosen: Sequence[int], values: torch.Tensor) -> dict[int, TokenLogprobs]:
+        """By row, from the (rows, v) log-probabilities of the rows that report them, under the FM's own distribution."""
+        tokens = self._indices([max(0, chosen[row]) for row, _ in self._alternatives])
+        own = values.gather(1, tokens[:, None])[:, 0].tolist()
+        top, ids = (part.tolist() for part in values.topk(max(count for _, count in self._alternatives), dim=1))
+        result = {}
+        for index, (row, count) in enumerate(self._alternatives):
+            others = tuple(Logprob(token, value) for token, value in zip(ids[index][:count], top[index][:count], strict=True))
+            result[row] = TokenLogprobs(Logprob(chosen[row], own[index]), others)
+        return result
+
+    def _lay_out_draws(self, requests: Sequence[_Request], vocabulary: int) -> None:
+        rows = [row for row, request in enumerate(requests) if request.params.temperature > 0]
+        self._drawers = [requests[row] for row in rows]
+        self._states = np.array([request.state for request in self._drawers], dtype=np.uint64)
+        self._counts = np.array([request.drawn for request in self._drawers], dtype=np.uint64)
+        self.drawing = self._indices(rows)
+        self.truncation: Truncation | None = None
         if rows:
-            drawn_tokens = draw(logits[rows], [params[row] for row in rows], [randomness[row].next() for row in rows])
-            for row, token in zip(rows, drawn_tokens, strict=True):
-                chosen[row] = token
-    logprobs = _logprobs(logits, chosen, params)
-    return [Choice(chosen[row], logprobs.get(row), broken=not finite[row]) for row in range(len(params))]
+            self.truncation = Truncation.of([request.params for request in self._drawers], vocabulary, self._device)
 
+    def _lay_out_bias(self, params: Sequence[SamplingParams]) -> None:
+        entries = [(row, token, value) for row, one in enumerate(params) for token, value in one.logit_bias]
+        self._biased: tuple[torch.Tensor, torch.Tensor] | None = None
+        if entries:
+            rows, tokens, values = zip(*entries, strict=True)
+            self._biased, self._bias = (self._indices(rows), self._indices(tokens)), torch.tensor(values, device=self._device)
 
-def _weights(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """Probabilities after temperature: (b, v) float64, so that a sum over a large vocabulary stays exact."""
-    temperature = torch.tensor([param.temperature for param in params], dtype=torch.float64, device=logits.device)
-    shifted = logits.double() - logits.amax(dim=1, keepdim=True).double()
-    return torch.softmax(shifted / temperature[:, None], dim=1)
+    def _lay_out_penalties(self, requests: Sequence[_Request]) -> None:
+        rows = [row for row, request in enumerate(requests) if request.table_row is not None]
+        self.penalizing: torch.Tensor | None = None
+        if rows:
+            params = [requests[row].params for row in rows]
+            columns = [(one.repetition_penalty, one.presence_penalty, one.frequency_penalty) for one in params]
+            self.penalizing, self._penalties = self._indices(rows), torch.tensor(columns, device=self._device).T
+            self.table_rows = self._indices([requests[row].table_row or 0 for row in rows])
 
-
-def _inverse(weights: torch.Tensor, uniform: Sequence[float]) -> torch.Tensor:
-    """Index at which each row's cumulated weight passes its uniform number: (b, 1)."""
-    total = weights.cumsum(dim=1)
-    wanted = torch.tensor(uniform, dtype=torch.float64, device=weights.device)[:, None] * total[:, -1:]
-    index = torch.searchsorted(total, wanted, right=True)
-    last = weights.shape[1] - 1 - (weights.flip(1) > 0).int().argmax(dim=1, keepdim=True)
-    return torch.minimum(index, last)
-
-
-def _draw(logits: torch.Tensor, params: Sequence[SamplingParams], uniform: Sequence[float]) -> list[int]:
-    """Tokens from the whole distribution."""
-    return _inverse(_weights(logits, params), uniform)[:, 0].tolist()
-
-
-def _draw_truncated(logits: torch.Tensor, params: Sequence[SamplingParams], uniform: Sequence[float]) -> list[int]:
-    """Tokens from the top_k likeliest, and of those from the fewest that hold top_p of their probability."""
-    weights, order = _weights(logits, params).sort(dim=1, descending=True, stable=True)
-    device, size = logits.device, logits.shape[1]
-    top_k = torch.tensor([param.top_k or size for param in params], device=device)[:, None]
-    top_p = torch.tensor([param.top_p for param in params], dtype=torch.float64, device=device)[:, None]
-    weights = weights.masked_fill(torch.arange(size, device=device) >= top_k, 0)
-    before = weights.cumsum(dim=1) - weights
-    weights = weights.masked_fill(before >= top_p * weights.sum(dim=1, keepdim=True), 0)
-    return order.gather(1, _inverse(weights, uniform))[:, 0].tolist()
-
-
-def _logprobs(logits: torch.Tensor, chosen: Sequence[int], params: Sequence[SamplingParams]) -> dict[int, TokenLogprobs]:
-    """Of the rows that asked for them, under the FM's own distribution."""
-    rows = [row for row, param in enumerate(params) if param.logprobs is not None]
-    if not rows:
-        return {}
-    values = torch.log_softmax(logits[rows], dim=1)
-    most = min(max(params[row].logprobs or 0 for row in rows), values.shape[1])
-    top, ids = values.topk(most, dim=1)
-    result = {}
-    for index, row in enumerate(rows):
-        count = params[row].logprobs or 0
-        pairs = zip(ids[index, :count].tolist(), top[index, :count].tolist(), strict=True)
-        alternatives = tuple(Logprob(token, value) for token, value in pairs)
-        result[row] = TokenLogprobs(Logprob(chosen[row], float(values[index, chosen[row]])), alternatives)
-    return result
+    def _indices(self, values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self._device)

@@ -24,7 +24,7 @@ from lopa_server.engine.torch_engine.live import Event, LiveJob, LiveStream, Mai
 from lopa_server.engine.torch_engine.loader import FoundationModel
 from lopa_server.engine.torch_engine.pairs import pair_gradients, score_pairs
 from lopa_server.engine.torch_engine.runner import ModelRunner, Piece
-from lopa_server.engine.torch_engine.sampling import choose
+from lopa_server.engine.torch_engine.sampling import Sampler
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class Worker:
         self._runner = ModelRunner(fm)
         self._scheduler = Scheduler(limits)
         self._slots = SlotTable()
+        self._sampler = Sampler(fm.spec.vocab_size, fm.device)
         self._streams: dict[str, LiveStream] = {}
         self._jobs: dict[str, LiveJob] = {}
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
@@ -165,6 +166,7 @@ class Worker:
     def _forget(self, name: str) -> None:
         """Take a request or call out, wherever it is; its row is zeroed and free at once."""
         self._scheduler.remove(name)
+        self._sampler.remove(name)
         self._jobs.pop(name, None)
         stream = self._streams.pop(name, None)
         if stream is None or stream.prepared is None:
@@ -209,7 +211,9 @@ class Worker:
     def _prefill(self, step: PrefillStep) -> None:
         for name in step.admitted:
             self._slots.enter(name)
-            self._streams[name].prepared = self._runner.prepare(self._streams[name].request.input)
+            request = self._streams[name].request
+            self._streams[name].prepared = self._runner.prepare(request.input)
+            self._sampler.add(name, request.sampling, request.input.before + request.input.after)
         self._runner.cache.reserve(len(self._slots), 0)
         pieces = [Piece(self._slots.row(chunk.id), self._streams[chunk.id].prepared, chunk.start, chunk.count) for chunk in step.chunks]
         logits = self._runner.prefill(pieces)
@@ -233,7 +237,7 @@ class Worker:
     def _choose(self, names: Sequence[str], logits: torch.Tensor) -> None:
         """The next token of each of these requests, from their rows of logits."""
         streams = [self._streams[name] for name in names]
-        choices = choose(logits, [stream.request.sampling for stream in streams], [stream.randomness for stream in streams])
+        choices = self._sampler.choose(names, logits)
         for name, stream, choice in zip(names, streams, choices, strict=True):
             try:
                 delta = stream.accept(choice)
