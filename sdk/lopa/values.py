@@ -6,7 +6,7 @@ Legend: m soft-prompt rows, d hidden size of the foundation model (FM).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
 import numpy as np
@@ -45,15 +45,24 @@ class SamplingOptions(TypedDict, total=False):
     temperature: float
     top_p: float
     top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
     seed: int | None
     stop: Sequence[str]
     logprobs: int | None
     ignore_end: bool
+    n: int
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. The server's limits are in `Limits`."""
+    """How tokens are chosen. The server's limits are in `Limits`; docs/generation.md has them all.
+
+    Penalties see tokens only: the rows of a soft prompt never count.
+    """
 
     max_tokens: int = 128
     temperature: float = 0.0
@@ -62,6 +71,16 @@ class Sampling:
     """Only the smallest set of tokens that holds this probability."""
     top_k: int = 0
     """Only the k likeliest tokens; 0 is all."""
+    min_p: float = 0.0
+    """Only tokens at least this part as likely as the likeliest; 0 is all."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens in prompt or text, multiplies negative ones; above 1 discourages repeating."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens in the text; from -2 to 2."""
+    frequency_penalty: float = 0.0
+    """The same, once for each time that a token is in the text."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these token ids; from -100 to 100."""
     seed: int | None = None
     """The same seed gives the same text; None lets the server draw one."""
     stop: Sequence[str] = ()
@@ -70,6 +89,8 @@ class Sampling:
     """Alternatives per token, besides the chosen one; None for no logprobs."""
     ignore_end: bool = False
     """Go on past the FM's end token."""
+    n: int = 1
+    """Continuations of the one prompt; more than one needs a temperature above 0. See `Generation.others`."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +109,8 @@ class Limits:
     max_logprobs: int
     max_row_norm: float
     """L2 norm of a soft-prompt row at most."""
+    max_continuations: int
+    max_logit_bias: int
 
 
 @dataclass(frozen=True)
@@ -136,7 +159,7 @@ class Receipt:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token and the natural logarithm of its probability under the FM, before temperature and truncation."""
+    """A token and the natural logarithm of its probability under the FM, before everything that `Sampling` changes."""
 
     token_id: int
     logprob: float
@@ -157,6 +180,8 @@ class Delta:
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
+    index: int = 0
+    """Which continuation it belongs to."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +196,8 @@ class Generation:
     usage: Usage
     receipt: Receipt | None
     """None exactly when no soft prompt was sent."""
+    others: tuple[Generation, ...] = ()
+    """The other continuations when `n` asked for several. Each one's usage counts its own completion."""
 
 
 @dataclass(frozen=True)

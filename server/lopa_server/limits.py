@@ -25,5 +25,15 @@ class ServiceLimits:
     max_logprobs: int = 20
     """Alternatives per token."""
     max_temperature: float = 10.0
+    max_repetition_penalty: float = 100.0
+    """Its inverse is the smallest."""
+    max_penalty: float = 2.0
+    """Of presence_penalty and frequency_penalty, either sign."""
+    max_bias: float = 100.0
+    """Of one logit bias, either sign."""
+    max_logit_bias: int = 1024
+    """Token ids with a bias in one request."""
+    max_continuations: int = 16
+    """Sampling.n at most."""
     row_norm_multiple: float = 4.0
     """A soft-prompt row's L2 norm at most, as a multiple of the largest norm in the FM's embedding table."""

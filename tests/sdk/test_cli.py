@@ -76,6 +76,18 @@ def test_a_users_life(address: str, jsonl: Path, tmp_path: Path, capsys: Capture
     assert "nothing changed" in capsys.readouterr().out or lopa.open_personal(folder).version == 3
 
 
+def test_generate_with_every_option(address: str, capsys: Capture) -> None:
+    options = "--temperature 1 --top-p 0.9 --top-k 50 --min-p 0.01 --repetition-penalty 1.1 --presence-penalty 0.5 --frequency-penalty 0.5"
+    more = "--logit-bias 7=-5 --logit-bias 9=1 --seed 3 --stop XYZ --ignore-end --max-tokens 6 -n 2"
+    arguments = ["generate", address, "def f(", *options.split(), *more.split()]
+    assert run(*arguments, "--logprobs", 2, "--json") == 0
+    first = json.loads(capsys.readouterr().out)
+    assert len(first["token_ids"]) == 6 and len(first["logprobs"][0]["alternatives"]) == 2 and len(first["others"]) == 1
+    assert run(*arguments) == 0
+    assert capsys.readouterr().out == f"[1] {first['text']}\n[2] {first['others'][0]['text']}\n"
+    assert run("generate", address, "x", "--logit-bias", "seven") == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 import grpc
@@ -47,6 +48,32 @@ def test_stream_deltas_are_the_whole_text(client: lopa.Client) -> None:
     assert "".join(delta.text for delta in deltas) == generation.text
     assert len(generation.logprobs) == len(generation.token_ids) == 20
     assert all(len(row.alternatives) == 2 and row.chosen.logprob <= 0 for row in generation.logprobs)
+
+
+def test_every_sampling_parameter_arrives(client: lopa.Client) -> None:
+    """Each changes the greedy text, or a drawn one, as it says."""
+    prompt, options = "return a + b\n" * 3, {"max_tokens": 24, "ignore_end": True}
+    plain = client.generate(prompt, **options)
+    wanted = plain.token_ids[0]
+    assert wanted not in client.generate(prompt, logit_bias={wanted: -100.0}, **options).token_ids
+    assert client.generate(prompt, logit_bias={7: 100.0}, **options).token_ids == (7,) * 24
+    once = client.generate(prompt, frequency_penalty=2.0, presence_penalty=2.0, logit_bias={7: 3.0}, **options)
+    assert len(set(once.token_ids)) > len(set(client.generate(prompt, logit_bias={7: 3.0}, **options).token_ids))
+    assert client.generate(prompt, repetition_penalty=50.0, **options).token_ids != plain.token_ids
+    drawn = {"temperature": 2.0, "seed": 1, **options}
+    assert client.generate(prompt, min_p=1.0, **drawn) == client.generate(prompt, top_k=1, **drawn) == plain
+    assert client.generate(prompt, **drawn).token_ids != plain.token_ids
+
+
+def test_several_continuations(client: lopa.Client) -> None:
+    options = {"temperature": 1.5, "seed": 9, "max_tokens": 10, "ignore_end": True, "soft_prompt": SOFT}
+    several = client.generate("x = ", n=3, **options)
+    assert client.generate("x = ", **options) == dataclasses.replace(several, others=())
+    assert len({one.token_ids for one in (several, *several.others)}) == 3
+    assert all(one.usage.completion_tokens == 10 and one.receipt == several.receipt for one in several.others)
+    deltas = list(client.stream("x = ", n=3, **options))
+    for index, one in enumerate((several, *several.others)):
+        assert "".join(delta.text for delta in deltas if delta.index == index) == one.text
 
 
 def test_leaving_a_stream_early_cancels_it(client: lopa.Client) -> None:

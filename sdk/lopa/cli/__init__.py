@@ -16,13 +16,14 @@ from typing import Annotated
 import typer
 
 from lopa.cli import commands
+from lopa.cli.generation import generate
 from lopa.cli.output import fail
 from lopa.errors import LopaError
 
 GROUP = "lopa.commands"
 EXTRAS = {"serve": "server", "export": "export", "demo": "demo"}
 """What to install for commands whose parts are not in the plain package."""
-OWN: Sequence[Callable[..., None]] = (commands.info, commands.generate, commands.tune, commands.history, commands.rollback)
+OWN: Sequence[Callable[..., None]] = (commands.info, generate, commands.tune, commands.history, commands.rollback)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

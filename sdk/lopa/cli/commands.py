@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -40,39 +39,6 @@ def info(address: Address, tls: Tls = False, as_json: Json = False) -> None:
     }
     for name, value in rows.items():
         print(f"{name:14}{value}")
-
-
-def generate(
-    address: Address,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on from; - reads standard input.", show_default=False)],
-    personal: Annotated[Path | None, typer.Option(help="Answer as this user's folder has learnt.", show_default=False)] = None,
-    persona: PersonaName = "default",
-    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Only the smallest set of tokens that holds this probability.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same text.", show_default=False)] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.", show_default=False)] = None,
-    tls: Tls = False,
-    as_json: Json = False,
-) -> None:
-    """Continue a prompt, streaming the text as it comes."""
-    import lopa
-    from lopa.values import SamplingOptions
-
-    text = sys.stdin.read() if prompt == "-" else prompt
-    sampling: SamplingOptions = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "stop": stop or []}
-    with lopa.connect(address, tls=tls) as client:
-        if personal is None:
-            stream = client.stream(text, **sampling)
-        else:
-            with download_bar("fetching the bundle") as bar:
-                who = client.personal(personal, persona, progress=bar)
-            stream = who.stream(text, **sampling)
-        with stream:
-            for delta in stream:
-                if not as_json:
-                    print(delta.text, end="", flush=True)
-    print_json(stream.generation) if as_json else print()
 
 
 def tune(

@@ -6,6 +6,7 @@ Legend: m soft-prompt rows, d hidden size.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -159,25 +160,31 @@ class GenerationReader:
 
     def __init__(self, request: inference_pb2.GenerateRequest) -> None:
         self._request = request
-        self._deltas: list[Delta] = []
+        self._deltas: list[list[Delta]] = [[] for _ in range(max(1, request.sampling.n))]
+        self._reasons: dict[int, FinishReason] = {}
         self._last: inference_pb2.GenerateResponse | None = None
 
     def feed(self, message: inference_pb2.GenerateResponse) -> Delta:
         """The delta of one reply.
 
         Raises:
-            ProtocolError: more after the last one, or logprobs that don't fit the tokens.
+            ProtocolError: more of a continuation after its last one, one that nobody asked for, or logprobs that don't fit the tokens.
         """
-        if self._last is not None:
+        index = message.index
+        if index in self._reasons:
             raise ProtocolError("the server went on after the generation's end")
+        if index >= len(self._deltas):
+            raise ProtocolError(f"the server sent continuation {index}; {len(self._deltas)} were asked for")
         if self._request.sampling.HasField("logprobs") and len(message.logprobs) != len(message.token_ids):
             raise ProtocolError(f"the server gave {len(message.logprobs)} logprobs for {len(message.token_ids)} tokens")
         logprobs = tuple(
             TokenLogprobs(_token_logprob(row.chosen), tuple(map(_token_logprob, row.alternatives))) for row in message.logprobs
         )
-        delta = Delta(message.text, tuple(message.token_ids), logprobs)
-        self._deltas.append(delta)
-        if message.finish_reason != inference_pb2.FINISH_REASON_UNSPECIFIED:
+        delta = Delta(message.text, tuple(message.token_ids), logprobs, index)
+        self._deltas[index].append(delta)
+        if message.finish_reason in FINISH:
+            self._reasons[index] = FINISH[message.finish_reason]
+        if len(self._reasons) == len(self._deltas):
             self._last = message
         return delta
 
@@ -194,16 +201,22 @@ class GenerationReader:
             ProtocolError: the stream ended without a finish reason, or the receipt doesn't fit.
         """
         last = self._last
-        if last is None or last.finish_reason not in FINISH:
+        if last is None:
             raise ProtocolError("the server's stream ended without a finish reason")
         sent = self._request.soft_prompt if self._request.HasField("soft_prompt") else None
         receipt = check_receipt(receipt_of(last), sent, revision, "generation")
-        usage = last.usage
+        first, *others = (self._generation(index, last.usage, receipt) for index in range(len(self._deltas)))
+        return replace(first, others=tuple(others))
+
+    def _generation(self, index: int, usage: common_pb2.Usage, receipt: Receipt | None) -> Generation:
+        deltas = self._deltas[index]
+        token_ids = tuple(token for delta in deltas for token in delta.token_ids)
+        completion = usage.completion_tokens if len(self._deltas) == 1 else len(token_ids)
         return Generation(
-            text="".join(delta.text for delta in self._deltas),
-            token_ids=tuple(token for delta in self._deltas for token in delta.token_ids),
-            logprobs=tuple(row for delta in self._deltas for row in delta.logprobs),
-            finish_reason=FINISH[last.finish_reason],
-            usage=Usage(usage.prompt_tokens, usage.virtual_tokens, usage.completion_tokens),
+            text="".join(delta.text for delta in deltas),
+            token_ids=token_ids,
+            logprobs=tuple(row for delta in deltas for row in delta.logprobs),
+            finish_reason=self._reasons[index],
+            usage=Usage(usage.prompt_tokens, usage.virtual_tokens, completion),
             receipt=receipt,
         )

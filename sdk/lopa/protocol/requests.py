@@ -103,10 +103,16 @@ def sampling_message(sampling: Sampling) -> inference_pb2.Sampling:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            logit_bias=dict(sampling.logit_bias),
             seed=sampling.seed,
             stop=list(sampling.stop),
             logprobs=sampling.logprobs,
             ignore_end=sampling.ignore_end,
+            n=sampling.n,
         )
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"sampling: {error}", field="sampling", found=str(sampling)[:200]) from error

@@ -89,6 +89,8 @@ class Limits(_message.Message):
     MAX_STOP_BYTES_FIELD_NUMBER: _builtins.int
     MAX_LOGPROBS_FIELD_NUMBER: _builtins.int
     MAX_ROW_NORM_FIELD_NUMBER: _builtins.int
+    MAX_CONTINUATIONS_FIELD_NUMBER: _builtins.int
+    MAX_LOGIT_BIAS_FIELD_NUMBER: _builtins.int
     max_virtual_tokens: _builtins.int
     """m at most, in rows."""
     max_message_bytes: _builtins.int
@@ -107,6 +109,10 @@ class Limits(_message.Message):
     """Sampling.logprobs at most: alternatives per token."""
     max_row_norm: _builtins.float
     """L2 norm of a soft-prompt row at most: a multiple of the largest norm in the FM's embedding table."""
+    max_continuations: _builtins.int
+    """Sampling.n at most."""
+    max_logit_bias: _builtins.int
+    """Entries of Sampling.logit_bias."""
     def __init__(
         self,
         *,
@@ -118,10 +124,12 @@ class Limits(_message.Message):
         max_stop_bytes: _builtins.int = ...,
         max_logprobs: _builtins.int = ...,
         max_row_norm: _builtins.float = ...,
+        max_continuations: _builtins.int = ...,
+        max_logit_bias: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_logprobs", b"max_logprobs", "max_message_bytes", b"max_message_bytes", "max_new_tokens", b"max_new_tokens", "max_pairs", b"max_pairs", "max_row_norm", b"max_row_norm", "max_stop_bytes", b"max_stop_bytes", "max_stop_strings", b"max_stop_strings", "max_virtual_tokens", b"max_virtual_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_continuations", b"max_continuations", "max_logit_bias", b"max_logit_bias", "max_logprobs", b"max_logprobs", "max_message_bytes", b"max_message_bytes", "max_new_tokens", b"max_new_tokens", "max_pairs", b"max_pairs", "max_row_norm", b"max_row_norm", "max_stop_bytes", b"max_stop_bytes", "max_stop_strings", b"max_stop_strings", "max_virtual_tokens", b"max_virtual_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

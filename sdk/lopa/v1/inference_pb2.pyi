@@ -49,9 +49,31 @@ Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
 class Sampling(_message.Message):
-    """How tokens are chosen. Every row of a batch has its own."""
+    """How tokens are chosen. Every row of a batch has its own. Order: json_schema, logit_bias, the penalties; then the likeliest
+    token, or temperature, min_p, top_k, top_p and a draw. A value outside its range is refused with INVALID_ARGUMENT.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LogitBiasEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     TEMPERATURE_FIELD_NUMBER: _builtins.int
@@ -61,6 +83,12 @@ class Sampling(_message.Message):
     STOP_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     IGNORE_END_FIELD_NUMBER: _builtins.int
+    MIN_P_FIELD_NUMBER: _builtins.int
+    REPETITION_PENALTY_FIELD_NUMBER: _builtins.int
+    PRESENCE_PENALTY_FIELD_NUMBER: _builtins.int
+    FREQUENCY_PENALTY_FIELD_NUMBER: _builtins.int
+    LOGIT_BIAS_FIELD_NUMBER: _builtins.int
+    N_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
     """1 <= max_tokens <= Limits.max_new_tokens; 0 stands for 128."""
     temperature: _builtins.float
@@ -68,16 +96,35 @@ class Sampling(_message.Message):
     top_p: _builtins.float
     """0 < top_p <= 1: the smallest set of tokens that holds this probability. Default 1."""
     top_k: _builtins.int
-    """Only the k likeliest tokens; 0 is all. Default 0."""
+    """Only the k likeliest tokens; 0 is all. Default 0. As with top_p, exact equals of the last one kept are kept too."""
     seed: _builtins.int
     """The same seed gives the same text in any batch. Without one the server draws a seed."""
     logprobs: _builtins.int
     """Alternatives reported per token, besides the chosen one: 0 <= logprobs <= Limits.max_logprobs. Absent: no logprobs."""
     ignore_end: _builtins.bool
     """Go on past the FM's end-of-sequence token."""
+    min_p: _builtins.float
+    """0 <= min_p <= 1: only tokens at least this part as likely as the likeliest. Default 0: all."""
+    repetition_penalty: _builtins.float
+    """0.01 <= repetition_penalty <= 100: logits of tokens that occur in prefix, prompt or text are divided by it where positive,
+    multiplied where negative. Above 1 discourages repeating. Default 1. The rows of a soft prompt are no tokens: no penalty
+    ever sees them.
+    """
+    presence_penalty: _builtins.float
+    """-2 <= presence_penalty <= 2: subtracted from the logits of tokens that occur in the generated text. Default 0."""
+    frequency_penalty: _builtins.float
+    """-2 <= frequency_penalty <= 2: subtracted from a token's logit once for each time that it occurs in the generated text. Default 0."""
+    n: _builtins.int
+    """Continuations of the one prompt, told apart by GenerateResponse.index: 1 <= n <= Limits.max_continuations; 0 stands for 1.
+    More than one needs a temperature above 0. The first is what n = 1 gives; each other one has a seed derived from the seed.
+    """
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Generation ends before the first of these appears in the text. At most Limits.max_stop_strings, none empty."""
+
+    @_builtins.property
+    def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
+        """By token id, added to its logit: from -100 to 100. At most Limits.max_logit_bias entries; each id below ModelInfo.vocab_size."""
 
     def __init__(
         self,
@@ -90,19 +137,29 @@ class Sampling(_message.Message):
         stop: _abc.Iterable[_builtins.str] | None = ...,
         logprobs: _builtins.int | None = ...,
         ignore_end: _builtins.bool = ...,
+        min_p: _builtins.float = ...,
+        repetition_penalty: _builtins.float | None = ...,
+        presence_penalty: _builtins.float = ...,
+        frequency_penalty: _builtins.float = ...,
+        logit_bias: _abc.Mapping[_builtins.int, _builtins.float] | None = ...,
+        n: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_seed", b"_seed", "_top_p", b"_top_p", "logprobs", b"logprobs", "seed", b"seed", "top_p", b"top_p"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_top_p", b"_top_p", "logprobs", b"logprobs", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_seed", b"_seed", "_top_p", b"_top_p", "ignore_end", b"ignore_end", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_top_p", b"_top_p", "frequency_penalty", b"frequency_penalty", "ignore_end", b"ignore_end", "logit_bias", b"logit_bias", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "n", b"n", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
     _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType__repetition_penalty: _TypeAlias = _typing.Literal["repetition_penalty"]  # noqa: Y015
+    _WhichOneofArgType__repetition_penalty: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
     _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__repetition_penalty) -> _WhichOneofReturnType__repetition_penalty | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
@@ -158,7 +215,7 @@ class TokenLogprob(_message.Message):
     LOGPROB_FIELD_NUMBER: _builtins.int
     token_id: _builtins.int
     logprob: _builtins.float
-    """Natural logarithm of the probability under the FM, before temperature and truncation."""
+    """Natural logarithm of the probability under the FM, before everything that Sampling changes."""
     def __init__(
         self,
         *,
@@ -209,10 +266,13 @@ class GenerateResponse(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     RECEIPT_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """New text. All deltas in order are the whole text; only whole UTF-8 characters are sent."""
+    """New text. All deltas of a continuation in order are its whole text; only whole UTF-8 characters are sent."""
     finish_reason: Global___FinishReason.ValueType
-    """Set in the last message only."""
+    """Set in each continuation's last message only."""
+    index: _builtins.int
+    """Which continuation this belongs to: 0 <= index < Sampling.n. Continuations come interleaved."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """New tokens. May run ahead of the text while a character or a possible stop string is incomplete."""
@@ -223,11 +283,11 @@ class GenerateResponse(_message.Message):
 
     @_builtins.property
     def usage(self) -> _common_pb2.Usage:
-        """In the last message only."""
+        """In the stream's last message only: the prompt is counted once, the completions of all continuations together."""
 
     @_builtins.property
     def receipt(self) -> _common_pb2.Receipt:
-        """In the last message only, when a soft prompt was applied."""
+        """In the stream's last message only, when a soft prompt was applied."""
 
     def __init__(
         self,
@@ -238,10 +298,11 @@ class GenerateResponse(_message.Message):
         finish_reason: Global___FinishReason.ValueType = ...,
         usage: _common_pb2.Usage | None = ...,
         receipt: _common_pb2.Receipt | None = ...,
+        index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["receipt", b"receipt", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "logprobs", b"logprobs", "receipt", b"receipt", "text", b"text", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "receipt", b"receipt", "text", b"text", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -50,7 +50,7 @@ class InferenceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Continues a prompt. Streams deltas; the last one carries finish_reason, usage and receipt. A client that goes away
+        """Continues a prompt. Streams deltas; the last one carries usage and receipt. A client that goes away
         or runs into its deadline frees the request's memory at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -32,7 +32,7 @@ class InferenceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> InferenceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
-    """Continues a prompt. Streams deltas; the last one carries finish_reason, usage and receipt. A client that goes away
+    """Continues a prompt. Streams deltas; the last one carries usage and receipt. A client that goes away
     or runs into its deadline frees the request's memory at once.
     """
     Score: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ScoreRequest, _inference_pb2.ScoreResponse]
@@ -42,7 +42,7 @@ class InferenceStub:
 class InferenceAsyncStub(InferenceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Continues a prompt. Streams deltas; the last one carries finish_reason, usage and receipt. A client that goes away
+    """Continues a prompt. Streams deltas; the last one carries usage and receipt. A client that goes away
     or runs into its deadline frees the request's memory at once.
     """
     Score: _aio.UnaryUnaryMultiCallable[_inference_pb2.ScoreRequest, _inference_pb2.ScoreResponse]  # type: ignore[assignment]
@@ -55,7 +55,7 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
-        """Continues a prompt. Streams deltas; the last one carries finish_reason, usage and receipt. A client that goes away
+        """Continues a prompt. Streams deltas; the last one carries usage and receipt. A client that goes away
         or runs into its deadline frees the request's memory at once.
         """
 

@@ -69,6 +69,8 @@ class CatalogHandler:
                 max_stop_bytes=limits.max_stop_bytes,
                 max_logprobs=limits.max_logprobs,
                 max_row_norm=self.max_row_norm,
+                max_continuations=limits.max_continuations,
+                max_logit_bias=limits.max_logit_bias,
             ),
             soft_prompt_dtypes=DTYPES,
             features=self._features(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,8 @@ from lopa.v1 import inference_pb2, tuning_pb2
 from lopa.wire.tensors import encode_rows
 
 from lopa_server.engine.base import Delta, Engine, Finish, GenerateRequest, PairResult, TokenLogprobs
+from lopa_server.engine.randomness import continuation_seed
+from lopa_server.service.continuations import interleaved
 from lopa_server.validation.requests import Applied, CheckedGenerate, CheckedPair, RequestChecker
 
 Request = TypeVar("Request")
@@ -48,15 +51,26 @@ class RequestHandlers:
     async def generate(self, request: inference_pb2.GenerateRequest) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         """The stream of deltas; usage and receipt in the last one."""
         checked = await self._check(self._checker.generate, request)
-        work = GenerateRequest(f"generate-{next(self._numbers)}", checked.input, checked.sampling)
-        generated = 0
-        async with contextlib.aclosing(self._engine.generate(work)) as deltas:
-            async for delta in deltas:
+        streams = [self._engine.generate(work) for work in self._works(checked)]
+        generated, going = 0, len(streams)
+        async with contextlib.aclosing(interleaved(streams)) as deltas:
+            async for index, delta in deltas:
                 generated += len(delta.token_ids)
-                response = _delta_message(delta)
-                if delta.finish is not None:
+                going -= delta.finish is not None
+                response = _delta_message(delta, index)
+                if not going:
                     self._complete(response, checked, generated)
                 yield response
+
+    def _works(self, checked: CheckedGenerate) -> list[GenerateRequest]:
+        """One request to the engine for each continuation, with a seed of its own."""
+        number, sampling = next(self._numbers), checked.sampling
+        return [
+            GenerateRequest(
+                f"generate-{number}.{index}", checked.input, dataclasses.replace(sampling, seed=continuation_seed(sampling.seed, index))
+            )
+            for index in range(checked.continuations)
+        ]
 
     async def score(self, request: inference_pb2.ScoreRequest) -> inference_pb2.ScoreResponse:
         """Likelihoods in the order of the request."""
@@ -103,12 +117,13 @@ class RequestHandlers:
         return pb.Receipt(soft_prompt_sha256=applied.digest, rows=applied.rows, offset=applied.offset, model_revision=self._revision)
 
 
-def _delta_message(delta: Delta) -> inference_pb2.GenerateResponse:
+def _delta_message(delta: Delta, index: int) -> inference_pb2.GenerateResponse:
     return inference_pb2.GenerateResponse(
         text=delta.text,
         token_ids=delta.token_ids,
         logprobs=[_logprobs_message(entry) for entry in delta.logprobs],
         finish_reason=FINISH[delta.finish] if delta.finish else inference_pb2.FINISH_REASON_UNSPECIFIED,
+        index=index,
     )
 
 

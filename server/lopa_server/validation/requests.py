@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from lopa_server.engine.base import EngineSpec, InputSequence, PairRequest, Samp
 from lopa_server.limits import ServiceLimits
 from lopa_server.tokenizing import PromptTokenizer
 from lopa_server.validation.prompts import Ids, PromptChecker, below
+from lopa_server.validation.sampling import SamplingChecker
 from lopa_server.validation.softprompts import DTYPES, SoftPrompt, SoftPromptChecker
 
 
@@ -32,6 +32,8 @@ class Applied:
 class CheckedGenerate:
     input: InputSequence
     sampling: SamplingParams
+    """Of the first continuation."""
+    continuations: int
     applied: Applied | None
 
 
@@ -59,6 +61,7 @@ class RequestChecker:
         self._limits = limits
         self._prompts = PromptChecker(spec, tokenizer)
         self._soft_prompts = SoftPromptChecker(spec, limits)
+        self._sampling = SamplingChecker(spec, limits)
 
     @property
     def max_row_norm(self) -> float:
@@ -70,9 +73,9 @@ class RequestChecker:
         self._fingerprint(request.fm_fingerprint)
         sequence, applied = self._input(request)
         with below("sampling"):
-            sampling = self._sampling(request.sampling, len(sequence))
+            sampling = self._sampling.check(request.sampling, len(sequence))
         self._context("prompt", len(sequence) + sampling.max_tokens)
-        return CheckedGenerate(sequence, sampling, applied)
+        return CheckedGenerate(sequence, sampling, max(1, request.sampling.n), applied)
 
     def score(self, request: inference_pb2.ScoreRequest) -> list[CheckedPair]:
         """A score request's pairs."""
@@ -136,42 +139,6 @@ class RequestChecker:
     def _context(self, field: str, needed: int) -> None:
         if needed > self._spec.context_length:
             raise WireError(Reason.CONTEXT_EXCEEDED, field, limit=self._spec.context_length, found=needed)
-
-    def _sampling(self, message: inference_pb2.Sampling, input_length: int) -> SamplingParams:
-        limits = self._limits
-        if message.max_tokens > limits.max_new_tokens:
-            raise WireError(Reason.OUT_OF_RANGE, "max_tokens", limit=f"at most {limits.max_new_tokens}", found=message.max_tokens)
-        if not 0 <= message.temperature <= limits.max_temperature:
-            raise WireError(Reason.OUT_OF_RANGE, "temperature", limit=f"from 0 to {limits.max_temperature:g}", found=message.temperature)
-        top_p = message.top_p if message.HasField("top_p") else 1.0
-        if not 0 < top_p <= 1:
-            raise WireError(Reason.OUT_OF_RANGE, "top_p", limit="above 0 and at most 1", found=top_p)
-        logprobs = message.logprobs if message.HasField("logprobs") else None
-        if logprobs is not None and logprobs > limits.max_logprobs:
-            raise WireError(Reason.OUT_OF_RANGE, "logprobs", limit=f"at most {limits.max_logprobs}", found=logprobs)
-        room = self._spec.context_length - input_length
-        default = max(1, min(limits.default_new_tokens, limits.max_new_tokens, room))
-        return SamplingParams(
-            max_tokens=message.max_tokens or default,
-            temperature=message.temperature,
-            top_p=top_p,
-            top_k=min(message.top_k, self._spec.vocab_size),
-            seed=message.seed if message.HasField("seed") else secrets.randbits(64),
-            stop=self._stop(message.stop),
-            logprobs=logprobs,
-            ignore_end=message.ignore_end,
-        )
-
-    def _stop(self, stop: Sequence[str]) -> tuple[str, ...]:
-        limits = self._limits
-        if len(stop) > limits.max_stop_strings:
-            raise WireError(Reason.TOO_MANY, "stop", limit=limits.max_stop_strings, found=len(stop))
-        for index, text in enumerate(stop):
-            size = len(text.encode())
-            if not 1 <= size <= limits.max_stop_bytes:
-                limit = f"from 1 to {limits.max_stop_bytes} bytes long"
-                raise WireError(Reason.OUT_OF_RANGE, f"stop[{index}]", limit=limit, found=f"{size} bytes long")
-        return tuple(stop)
 
 
 def _arranged(prefix: Ids, soft: SoftPrompt | None, prompt: Ids) -> InputSequence:
