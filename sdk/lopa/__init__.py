@@ -16,9 +16,12 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lopa.async_client import AsyncClient, connect_async
+    from lopa.async_persona import AsyncPersona
     from lopa.bundle import Bundle, Manifest
     from lopa.client import Client, connect
     from lopa.config import ClientConfig
+    from lopa.control import TuneControl
     from lopa.encoder import PromptEncoder
     from lopa.errors import (
         BundleError,
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
         InvalidRequest,
         LocalError,
         LopaError,
+        MissingDependency,
         NotFound,
         PermissionDenied,
         PreconditionFailed,
@@ -47,7 +51,8 @@ if TYPE_CHECKING:
     from lopa.folder import Version, personas
     from lopa.persona import Persona, open_personal
     from lopa.retry import RetryPolicy
-    from lopa.stream import GenerationStream
+    from lopa.stream import AsyncGenerationStream, GenerationStream
+    from lopa.transport import Tls
     from lopa.tuning import TuneConfig, TuneProgress, TuneReport
     from lopa.values import (
         Delta,
@@ -67,13 +72,16 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
+    "lopa.async_client": "AsyncClient connect_async",
+    "lopa.async_persona": "AsyncPersona",
     "lopa.bundle": "Bundle Manifest",
     "lopa.client": "Client connect",
     "lopa.config": "ClientConfig",
+    "lopa.control": "TuneControl",
     "lopa.encoder": "PromptEncoder",
     "lopa.errors": (
         "BundleError Cancelled DeadlineExceeded FactorsError FingerprintMismatch FolderError "
-        "InvalidRequest LocalError LopaError NotFound PermissionDenied PreconditionFailed ProtocolError "
+        "InvalidRequest LocalError LopaError MissingDependency NotFound PermissionDenied PreconditionFailed ProtocolError "
         "RemoteError ResourceExhausted ServerError StorageError TuningError Unauthenticated Unavailable"
     ),
     "lopa.examples": "Example",
@@ -81,7 +89,8 @@ _HOMES = {
     "lopa.folder": "Version personas",
     "lopa.persona": "Persona open_personal",
     "lopa.retry": "RetryPolicy",
-    "lopa.stream": "GenerationStream",
+    "lopa.stream": "AsyncGenerationStream GenerationStream",
+    "lopa.transport": "Tls",
     "lopa.tuning": "TuneConfig TuneProgress TuneReport",
     "lopa.values": (
         "Delta Generation Limits Message Model Pair PairGradient PairScore Receipt Sampling TokenLogprob TokenLogprobs Traffic Usage"
@@ -90,6 +99,9 @@ _HOMES = {
 _WHERE = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
+    "AsyncClient",
+    "AsyncGenerationStream",
+    "AsyncPersona",
     "Bundle",
     "BundleError",
     "Cancelled",
@@ -110,6 +122,7 @@ __all__ = [
     "LopaError",
     "Manifest",
     "Message",
+    "MissingDependency",
     "Model",
     "NotFound",
     "Pair",
@@ -127,10 +140,12 @@ __all__ = [
     "Sampling",
     "ServerError",
     "StorageError",
+    "Tls",
     "TokenLogprob",
     "TokenLogprobs",
     "Traffic",
     "TuneConfig",
+    "TuneControl",
     "TuneProgress",
     "TuneReport",
     "TuningError",
@@ -140,6 +155,7 @@ __all__ = [
     "Version",
     "__version__",
     "connect",
+    "connect_async",
     "open_personal",
     "personas",
 ]

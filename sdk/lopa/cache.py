@@ -9,36 +9,30 @@ The cache folder is $LOPA_CACHE, else $XDG_CACHE_HOME/lopa, else ~/.cache/lopa.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import TYPE_CHECKING, BinaryIO
 
 from lopa.bundle import FILES, MANIFEST, Bundle, extract_archive
-from lopa.config import ClientConfig
-from lopa.errors import BundleError, FingerprintMismatch, NotFound, ProtocolError, RemoteError, StorageError, Unavailable
+from lopa.errors import BundleError, FingerprintMismatch, FolderError, NotFound, ProtocolError, RemoteError, StorageError, Unavailable
 from lopa.files import locked, make_folder, sync_folder
+from lopa.protocol.flow import Flow, OpenStream, Receive, wait, work
 from lopa.v1 import catalog_pb2
 from lopa.values import Model
+
+if TYPE_CHECKING:
+    from lopa.session import Session
 
 Progress = Callable[[int, int], None]
 """Called with (bytes so far, bytes in all)."""
 MAX_ARCHIVE_BYTES = 4 << 30
 _SPARE_BYTES = 16 << 20
 _HEX_DIGITS = 64
-
-
-class BundleSource(Protocol):
-    """Who gives a bundle's bytes: a `Client`."""
-
-    @property
-    def model(self) -> Model: ...
-    @property
-    def config(self) -> ClientConfig: ...
-    def bundle_chunks(self, bundle_id: str, offset: int) -> Iterator[catalog_pb2.BundleChunk]: ...
 
 
 def cache_folder(chosen: Path | None = None) -> Path:
@@ -63,27 +57,46 @@ def cached_bundle(bundle_id: str, chosen: Path | None = None) -> Bundle | None:
     return bundle if bundle.manifest.id == bundle_id else None
 
 
-def fetch_bundle(source: BundleSource, *, progress: Progress | None = None) -> Bundle:
+def fetch_bundle(session: Session, *, progress: Progress | None = None) -> Flow[Bundle]:
     """The server's bundle, from the cache or downloaded into it. Safe between processes: one downloads, the others wait.
 
     Raises:
         NotFound: the server publishes none. BundleError: what came is not what its id says.
         FingerprintMismatch: the bundle was made for another FM. StorageError: no space. RemoteError: the call failed.
     """
-    model = source.model
+    model = yield from session.model()
     if not model.bundle_id:
         raise NotFound(f"the server of {model.name} publishes no bundle: start it with one, or give the path of one here")
     if len(model.bundle_id) != _HEX_DIGITS or not set(model.bundle_id) <= set("0123456789abcdef"):
         raise ProtocolError(f"the server's bundle id {model.bundle_id[:80]!r} is not 64 hex digits")
-    root = cache_folder(source.config.cache) / "bundles"
-    bundle = cached_bundle(model.bundle_id, source.config.cache)
+    chosen = session.config.cache
+    root = cache_folder(chosen) / "bundles"
+    bundle = yield from work(lambda: cached_bundle(model.bundle_id, chosen))
     if bundle is None:
         make_folder(root)
-        wait = source.config.bundle_timeout
-        with locked(root / f"{model.bundle_id}.lock", f"another process has been downloading this bundle for {wait:.0f} s", wait=wait):
-            bundle = cached_bundle(model.bundle_id, source.config.cache) or _download(source, model, root, progress)
+        patience = session.config.bundle_timeout
+        busy = f"another process has been downloading this bundle for {patience:.0f} s"
+        with contextlib.ExitStack() as held:
+            yield from _hold(held, root / f"{model.bundle_id}.lock", busy, patience)
+            bundle = yield from work(lambda: cached_bundle(model.bundle_id, chosen))
+            if bundle is None:
+                bundle = yield from _download(session, model, root, progress)
     check_model(bundle, model)
     return bundle
+
+
+def _hold(held: contextlib.ExitStack, path: Path, busy: str, patience: float) -> Flow[None]:
+    """Wait for a lock, for so many seconds, without holding a thread."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            held.enter_context(locked(path, busy))
+        except FolderError:
+            if time.monotonic() >= deadline:
+                raise
+        else:
+            return
+        yield from wait(0.05)
 
 
 def check_model(bundle: Bundle, model: Model) -> None:
@@ -104,7 +117,7 @@ def check_model(bundle: Bundle, model: Model) -> None:
         )
 
 
-def _download(source: BundleSource, model: Model, root: Path, progress: Progress | None) -> Bundle:
+def _download(session: Session, model: Model, root: Path, progress: Progress | None) -> Flow[Bundle]:
     partial, final = root / f"{model.bundle_id}.partial", root / model.bundle_id
     if not 0 < model.bundle_bytes <= MAX_ARCHIVE_BYTES:
         raise ProtocolError(f"the server says that its bundle has {model.bundle_bytes} bytes; 1 to {MAX_ARCHIVE_BYTES} are accepted")
@@ -112,13 +125,18 @@ def _download(source: BundleSource, model: Model, root: Path, progress: Progress
         partial.unlink()
     here = partial.stat().st_size if partial.exists() else 0
     _check_space(root, 2 * model.bundle_bytes - here + _SPARE_BYTES)
-    _receive(source, model, partial, progress)
-    staging = root / f".{model.bundle_id}.tmp"
+    yield from _receive(session, model, partial, progress)
+    return (yield from work(lambda: _unpack(partial, final, model.bundle_id)))
+
+
+def _unpack(partial: Path, final: Path, bundle_id: str) -> Bundle:
+    """Check a complete archive and put its folder in place."""
+    staging = final.with_name(f".{bundle_id}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     try:
         bundle = extract_archive(partial, staging)
-        if bundle.manifest.id != model.bundle_id:
-            raise BundleError(f"the server sent bundle {bundle.manifest.id[:12]} as {model.bundle_id[:12]}")
+        if bundle.manifest.id != bundle_id:
+            raise BundleError(f"the server sent bundle {bundle.manifest.id[:12]} as {bundle_id[:12]}")
         _install(staging, final)
     except BundleError:
         shutil.rmtree(staging, ignore_errors=True)
@@ -148,13 +166,17 @@ def _install(staging: Path, final: Path) -> None:
         raise StorageError(f"can't write {final}: {error}") from error
 
 
-def _receive(source: BundleSource, model: Model, partial: Path, progress: Progress | None) -> None:
+def _receive(session: Session, model: Model, partial: Path, progress: Progress | None) -> Flow[None]:
     """Append chunks until the archive is complete. Each interruption without any progress counts against the retry policy."""
     failures, rng = 0, random.Random()
     while (offset := partial.stat().st_size if partial.exists() else 0) < model.bundle_bytes:
         try:
             with partial.open("ab") as file:
-                _append(source.bundle_chunks(model.bundle_id, offset), file, offset, model.bundle_bytes, progress)
+                stream = yield from session.open_bundle(model.bundle_id, offset)
+                try:
+                    yield from _append(stream, file, offset, model.bundle_bytes, progress)
+                finally:
+                    stream.close()
             error: RemoteError = Unavailable("the server's bundle stream ended before the archive's end")
         except OSError as problem:
             raise StorageError(f"can't write {partial}: {problem}") from problem
@@ -164,14 +186,17 @@ def _receive(source: BundleSource, model: Model, partial: Path, progress: Progre
         if received == model.bundle_bytes:
             return
         failures = 1 if received > offset else failures + 1
-        delay = source.config.retry.delay(failures, error, rng)
+        delay = session.config.retry.delay(failures, error, rng)
         if delay is None:
             raise error
-        time.sleep(delay)
+        yield from wait(delay)
 
 
-def _append(chunks: Iterator[catalog_pb2.BundleChunk], file: BinaryIO, offset: int, total: int, progress: Progress | None) -> None:
-    for chunk in chunks:
+def _append(stream: OpenStream, file: BinaryIO, offset: int, total: int, progress: Progress | None) -> Flow[None]:
+    while True:
+        chunk: catalog_pb2.BundleChunk | None = yield Receive(stream)
+        if chunk is None:
+            return
         if chunk.offset != offset or chunk.total_bytes != total or offset + len(chunk.data) > total:
             got = f"{chunk.offset} to {chunk.offset + len(chunk.data)} of {chunk.total_bytes}"
             raise ProtocolError(f"the server sent bytes {got}; {offset} to {total} were due")

@@ -4,13 +4,13 @@
         print(client.generate("def add(", max_tokens=20).text)
         persona = client.personal("~/me")
 
+Clients are thin: what they do is in `Session`, as flows that either kind of connection carries out.
 Legend: m soft-prompt rows, d hidden size of the foundation model (FM).
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, Unpack
@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Self, Unpack
 import grpc
 
 from lopa.config import ClientConfig
-from lopa.errors import ProtocolError
-from lopa.protocol import replies, requests
+from lopa.link import Link
+from lopa.session import Session, WireOptions, whole
 from lopa.stream import GenerationStream
-from lopa.transport import Link, LinkConfig, Meter
-from lopa.v1 import catalog_pb2, common_pb2, inference_pb2, tuning_pb2
+from lopa.transport import Endpoint, Tls, Token
 from lopa.values import (
     Dtype,
     Float32,
@@ -43,18 +42,21 @@ if TYPE_CHECKING:
     from lopa.encoder import PromptEncoder
     from lopa.persona import Persona
 
+Security = bool | Tls | grpc.ChannelCredentials
+"""True for TLS with the system's roots, `Tls` for certificates of your own, or gRPC's credentials; False for none."""
 
-def connect(address: str, *, tls: bool | grpc.ChannelCredentials = False, config: ClientConfig | None = None) -> Client:
+
+def connect(address: str, *, tls: Security = False, token: Token | None = None, config: ClientConfig | None = None) -> Client:
     """Connect to the server at "host:port" and ask what it hosts.
 
-    tls: True for TLS with the system's roots, or credentials of your own.
+    tls: see `Security`. token: an API key or JWT, or a function that gives the current one; sent as `authorization: Bearer`,
+    over TLS only, except on this machine.
 
     Raises:
         Unavailable: nobody answers there.
-        RemoteError: the server refused.
+        RemoteError: the server refused. InvalidRequest: a token without TLS, or certificates that don't fit.
     """
-    credentials = grpc.ssl_channel_credentials() if tls is True else tls or None
-    client = Client(address, credentials=credentials, config=config)
+    client = Client(address, tls=tls, token=token, config=config)
     try:
         client.refresh()
     except BaseException:
@@ -63,23 +65,43 @@ def connect(address: str, *, tls: bool | grpc.ChannelCredentials = False, config
     return client
 
 
-class Client:
+class Connection:
+    """What both clients know."""
+
+    _session: Session
+
+    @property
+    def config(self) -> ClientConfig:
+        return self._session.config
+
+    @property
+    def address(self) -> str:
+        return self._session.address
+
+    @property
+    def traffic(self) -> Traffic:
+        """Message bytes of every call so far, failed attempts included."""
+        return self._session.meter.traffic
+
+    def encoder(self, bundle: Bundle) -> PromptEncoder:
+        """The prompt encoder of a bundle; one for all personas of this client."""
+        return self._session.encoder(bundle)
+
+
+class Client(Connection):
     """A connection. Safe between threads; close it, or use it in a `with` block.
 
     Unlike `connect`, making one does not contact the server.
     """
 
-    def __init__(self, address: str, *, credentials: grpc.ChannelCredentials | None = None, config: ClientConfig | None = None) -> None:
-        self.config = config or ClientConfig()
-        self._link = Link(address, LinkConfig(credentials, self.config.retry, self.config.max_message_bytes))
-        self._meter = Meter()
-        self._shared = _Shared()
+    def __init__(self, address: str, *, tls: Security = False, token: Token | None = None, config: ClientConfig | None = None) -> None:
+        self._session = Session(address, config or ClientConfig())
+        self._link = Link(endpoint(self._session, tls, token))
 
     def metered(self) -> Client:
         """The same connection with a byte count of its own, which starts at zero. Closing either closes both."""
         twin = object.__new__(Client)
-        twin.config, twin._link, twin._shared = self.config, self._link, self._shared
-        twin._meter = Meter(self._meter)
+        twin._link, twin._session = self._link, self._session.metered()
         return twin
 
     def __enter__(self) -> Self:
@@ -93,22 +115,13 @@ class Client:
         self._link.close()
 
     @property
-    def address(self) -> str:
-        return self._link.address
-
-    @property
-    def traffic(self) -> Traffic:
-        """Message bytes of every call so far, failed attempts included."""
-        return self._meter.traffic
-
-    @property
     def model(self) -> Model:
         """What the server hosts; asked once and kept.
 
         Raises:
             RemoteError: it was not known yet and the server can't be asked.
         """
-        return self._shared.model or self.refresh()
+        return self._link.run(self._session.model())
 
     def refresh(self) -> Model:
         """Ask the server again what it hosts.
@@ -117,11 +130,7 @@ class Client:
             RemoteError: the call failed.
             ProtocolError: the answer makes no sense.
         """
-        info = self._link.unary(
-            self._link.catalog.GetModel, catalog_pb2.GetModelRequest(), timeout=self.config.connect_timeout, meter=self._meter
-        )
-        self._shared.model = model = replies.parse_model(info)
-        return model
+        return self._link.run(self._session.refresh())
 
     def generate(
         self,
@@ -142,11 +151,9 @@ class Client:
             InvalidRequest: a value that the server refuses; names field and limit.
             RemoteError: the call failed. ProtocolError: the receipt does not fit the soft prompt.
         """
-        stream = self.stream(prompt, prefix=prefix, soft_prompt=soft_prompt, dtype=dtype, placement=placement, timeout=timeout, **sampling)
-        with stream:
-            for _ in stream:
-                pass
-        return stream.generation
+        wire = WireOptions(dtype=dtype, placement=placement, timeout=timeout)
+        flow = self._session.open_generation(prompt, Sampling(**sampling), prefix=prefix, soft_prompt=soft_prompt, wire=wire)
+        return self._link.run(whole(flow))
 
     def stream(
         self,
@@ -163,11 +170,9 @@ class Client:
 
         A lost connection is retried before the first delta only: after that you decide.
         """
-        soft = None if soft_prompt is None else requests.soft_prompt(soft_prompt, dtype, placement)
-        request = requests.generate_request(prompt, Sampling(**sampling), prefix=prefix, soft=soft, fingerprint=self.model.fingerprint)
-        timeout = self.config.generate_timeout if timeout is None else timeout
-        stream = self._link.stream(self._link.inference.Generate, request, timeout=timeout, meter=self._meter)
-        return GenerationStream(stream, replies.GenerationReader(request), self._revision)
+        wire = WireOptions(dtype=dtype, placement=placement, timeout=timeout)
+        flow = self._session.open_generation(prompt, Sampling(**sampling), prefix=prefix, soft_prompt=soft_prompt, wire=wire)
+        return GenerationStream(self._link, self._link.run(flow))
 
     def score(
         self, pairs: Sequence[Pair], *, dtype: Dtype = "F32", placement: Placement = "front", timeout: float | None = None
@@ -179,15 +184,7 @@ class Client:
         Raises:
             InvalidRequest: names field and limit. RemoteError: the call failed. ProtocolError: a reply that breaks the contract.
         """
-        scores: list[PairScore] = []
-        for batch in self._batches(pairs, dtype, placement):
-            request = inference_pb2.ScoreRequest(pairs=batch, fm_fingerprint=self.model.fingerprint)
-            reply = self._link.unary(
-                self._link.inference.Score, request, timeout=self.config.timeout if timeout is None else timeout, meter=self._meter
-            )
-            revision = self._revision(_first_revision(reply.scores))
-            scores += replies.check_scores(reply.scores, batch, revision)
-        return scores
+        return self._link.run(self._session.score(pairs, WireOptions(dtype=dtype, placement=placement, timeout=timeout)))
 
     def prompt_gradients(
         self,
@@ -206,16 +203,7 @@ class Client:
         Raises:
             InvalidRequest: names field and limit. RemoteError: the call failed. ProtocolError: a reply that breaks the contract.
         """
-        code = requests.dtype_code(gradient_dtype, "gradient_dtype")
-        gradients: list[PairGradient] = []
-        for batch in self._batches(pairs, dtype, placement, max_pairs=max_pairs, reply_dtype=code):
-            request = tuning_pb2.PromptGradientsRequest(pairs=batch, gradient_dtype=code, fm_fingerprint=self.model.fingerprint)
-            reply = self._link.unary(
-                self._link.tuning.PromptGradients, request, timeout=self.config.timeout if timeout is None else timeout, meter=self._meter
-            )
-            revision = self._revision(_first_revision(reply.gradients))
-            gradients += replies.check_gradients(reply.gradients, batch, revision, code)
-        return gradients
+        return self._link.run(self._session.prompt_gradients(pairs, WireOptions(dtype, gradient_dtype, placement, max_pairs, timeout)))
 
     def bundle(self, *, progress: Callable[[int, int], None] | None = None) -> Bundle:
         """The server's bundle, from the cache or downloaded into it.
@@ -228,26 +216,7 @@ class Client:
         """
         from lopa.cache import fetch_bundle
 
-        return fetch_bundle(self, progress=progress)
-
-    def bundle_chunks(self, bundle_id: str, offset: int) -> Iterator[catalog_pb2.BundleChunk]:
-        """The archive's chunks from `offset` (bytes) on, as the server sends them.
-
-        Raises:
-            RemoteError: the call failed, at the start or later.
-        """
-        request = catalog_pb2.FetchBundleRequest(bundle_id=bundle_id, offset=offset)
-        return self._link.stream(self._link.catalog.FetchBundle, request, timeout=self.config.bundle_timeout, meter=self._meter)
-
-    def encoder(self, bundle: Bundle) -> PromptEncoder:
-        """The prompt encoder of a bundle; one for all personas of this client."""
-        from lopa.encoder import PromptEncoder
-
-        with self._shared.lock:
-            known = self._shared.encoders
-            if bundle.manifest.id not in known:
-                known[bundle.manifest.id] = PromptEncoder(bundle, threads=self.config.threads)
-            return known[bundle.manifest.id]
+        return self._link.run(fetch_bundle(self._session, progress=progress))
 
     def personal(
         self,
@@ -266,50 +235,13 @@ class Client:
             FingerprintMismatch: the persona belongs to another FM or another bundle.
             FolderError, FactorsError: the folder is damaged. Others: see `bundle`.
         """
-        from lopa.persona import open_with_client
+        from lopa.local import opened
+        from lopa.persona import Persona
 
-        return open_with_client(self, path, persona, bundle=bundle, progress=progress)
-
-    def _batches(
-        self,
-        pairs: Sequence[Pair],
-        dtype: Dtype,
-        placement: Placement,
-        *,
-        max_pairs: int | None = None,
-        reply_dtype: common_pb2.DType.ValueType | None = None,
-    ) -> Iterator[list[common_pb2.Pair]]:
-        limits = self.model.limits
-        messages = [requests.pair_message(pair, dtype, placement, f"pairs[{i}]") for i, pair in enumerate(pairs)]
-        return requests.split_pairs(
-            messages,
-            max_pairs=min(max_pairs or limits.max_pairs, limits.max_pairs),
-            max_bytes=min(limits.max_message_bytes, self.config.max_message_bytes),
-            reply_dtype=reply_dtype,
-        )
-
-    def _revision(self, replied: str | None) -> str:
-        """The revision that receipts must name. A new one is asked for once: the server may have been restarted in another version."""
-        model = self.model
-        if replied is not None and replied != model.revision:
-            fresh = self.refresh()
-            if fresh.fingerprint != model.fingerprint:
-                raise ProtocolError(
-                    f"{self.address} changed its model from {model.fingerprint[:12]} to {fresh.fingerprint[:12]} during a call"
-                )
-            model = fresh
-        return model.revision
+        store, encoder = self._link.run(opened(self._session, path, persona, bundle=bundle, progress=progress))
+        return Persona(store, encoder, self._session, self._link)
 
 
-class _Shared:
-    """What a client and its metered twins have in common."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.model: Model | None = None
-        self.encoders: dict[str, PromptEncoder] = {}
-
-
-def _first_revision(items: Sequence[inference_pb2.PairScore] | Sequence[tuning_pb2.PairGradient]) -> str | None:
-    receipts = map(replies.receipt_of, items)
-    return next((receipt.model_revision for receipt in receipts if receipt is not None), None)
+def endpoint(session: Session, tls: Security, token: Token | None) -> Endpoint:
+    config = session.config
+    return Endpoint.of(session.address, tls, token, max_bytes=config.max_message_bytes, keepalive=config.keepalive)

@@ -23,6 +23,8 @@ class ClientConfig:
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     max_message_bytes: int = 64 << 20
     """Larger replies are refused."""
+    keepalive: float = 30.0
+    """Seconds without data after which an ongoing call's connection is tested, as mobile networks need it; 0 never tests."""
     cache: Path | None = None
     """Where bundles are kept; None stands for $LOPA_CACHE, else the user's cache folder."""
     threads: int = 1

@@ -19,7 +19,8 @@
         ├── FolderError             a personal folder that is damaged, locked, of another schema, or lacks what was asked for
         ├── FactorsError            a factors file that is damaged or does not fit its bundle
         ├── StorageError            not enough disk space, or a file that can't be written
-        └── TuningError             examples or settings that can't be tuned on (also a ValueError)
+        ├── TuningError             examples or settings that can't be tuned on (also a ValueError)
+        └── MissingDependency       a Python package that this needs is not installed: the message says which (also an ImportError)
 
 `lopa.transport.translate` is the one place where gRPC's errors become these.
 """
@@ -126,3 +127,7 @@ class StorageError(LocalError):
 
 class TuningError(LocalError, ValueError):
     """Examples or settings that can't be tuned on."""
+
+
+class MissingDependency(LocalError, ImportError):
+    """A Python package that this needs is not installed. The message says what to install."""

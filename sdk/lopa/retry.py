@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from lopa.errors import DeadlineExceeded, RemoteError, ResourceExhausted, Unavailable
+from lopa.protocol.flow import Flow, Signal, wait
 
 Result = TypeVar("Result")
 
@@ -53,13 +54,14 @@ def is_retryable(error: RemoteError) -> bool:
 class Patience:
     """Goes on trying through outages, for a bounded time: a server that restarts is waited for."""
 
-    def __init__(self, seconds: float, rng: random.Random, policy: RetryPolicy | None = None) -> None:
-        """seconds: how long one outage may last; 0 never waits."""
+    def __init__(self, seconds: float, rng: random.Random, policy: RetryPolicy | None = None, *, stop: Signal | None = None) -> None:
+        """seconds: how long one outage may last; 0 never waits. stop: ends a wait at once."""
         self._seconds = seconds
         self._rng = rng
         self._policy = policy or RetryPolicy()
+        self._stop = stop
 
-    def keep_trying(self, call: Callable[[], Result], on_wait: Callable[[RemoteError], None]) -> Result:
+    def keep_trying(self, call: Callable[[], Flow[Result]], on_wait: Callable[[RemoteError], None]) -> Flow[Result]:
         """Call until it succeeds. `on_wait` is told each failure that is waited out.
 
         Raises:
@@ -68,7 +70,7 @@ class Patience:
         began, failures = 0.0, 0
         while True:
             try:
-                return call()
+                return (yield from call())
             except RemoteError as error:
                 failures += 1
                 began = began if failures > 1 else time.monotonic()
@@ -77,4 +79,4 @@ class Patience:
                 if not can_help or time.monotonic() + delay - began > self._seconds:
                     raise
                 on_wait(error)
-            time.sleep(delay)
+            yield from wait(delay, self._stop)

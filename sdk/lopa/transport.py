@@ -1,16 +1,13 @@
-"""The device's one connection to a server: channel, deadlines, retries, byte counts, and the border where gRPC's errors become ours."""
+"""What both kinds of connection share: channel settings, credentials, and the border where gRPC's errors become ours."""
 
 from __future__ import annotations
 
-import random
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NoReturn, TypeVar, cast
+from pathlib import Path
+from typing import cast
 
 import grpc
-from google.protobuf.message import Message as ProtoMessage
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
@@ -28,11 +25,6 @@ from lopa.errors import (
     Unauthenticated,
     Unavailable,
 )
-from lopa.retry import RetryPolicy
-from lopa.v1.catalog_pb2_grpc import CatalogStub
-from lopa.v1.inference_pb2_grpc import InferenceStub
-from lopa.v1.tuning_pb2_grpc import TuningStub
-from lopa.values import Traffic
 from lopa.wire.errors import DOMAIN, Reason
 
 STATUS: Mapping[grpc.StatusCode, type[RemoteError]] = {
@@ -129,152 +121,102 @@ def translate(error: grpc.RpcError, *, address: str = "the server") -> RemoteErr
     return kind(text, reason=details.reason, retry_after=details.retry_after)
 
 
-class Meter:
-    """Counts message bytes, for itself and for the meter above it. Safe between threads."""
-
-    def __init__(self, parent: Meter | None = None) -> None:
-        self._parent = parent
-        self._lock = threading.Lock()
-        self._traffic = Traffic()
-
-    @property
-    def traffic(self) -> Traffic:
-        with self._lock:
-            return self._traffic
-
-    def add(self, *, sent: int = 0, received: int = 0, requests: int = 0) -> None:
-        with self._lock:
-            now = self._traffic
-            self._traffic = Traffic(now.sent_bytes + sent, now.received_bytes + received, now.requests + requests)
-        if self._parent is not None:
-            self._parent.add(sent=sent, received=received, requests=requests)
+Token = str | Callable[[], str]
+"""An API key or JWT, or a function that gives the current one; it is called for every attempt."""
+_LOOPBACK = ("localhost:", "127.", "[::1]:", "unix:")
 
 
 @dataclass(frozen=True)
-class LinkConfig:
-    """Of one connection."""
+class Tls:
+    """TLS with certificates of your own, all as PEM. Without `roots` the system's are trusted; key and chain are for mutual TLS."""
 
+    roots: bytes | None = None
+    """Certificates to trust."""
+    key: bytes | None = field(default=None, repr=False)
+    """This device's private key."""
+    chain: bytes | None = None
+    """This device's certificate, and those that lead to a root."""
+
+    @classmethod
+    def from_files(cls, *, roots: Path | None = None, key: Path | None = None, chain: Path | None = None) -> Tls:
+        """Read PEM files.
+
+        Raises:
+            InvalidRequest: a file can't be read, or key and chain don't come together.
+        """
+        parts = {"roots": roots, "key": key, "chain": chain}
+        try:
+            return cls(**{name: path.expanduser().read_bytes() if path else None for name, path in parts.items()})
+        except OSError as error:
+            raise InvalidRequest(f"tls: can't read {error.filename}: {error.strerror}", field="tls", limit="a PEM file") from error
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """As gRPC takes them.
+
+        Raises:
+            InvalidRequest: a key without its certificate, or the other way round.
+        """
+        if (self.key is None) != (self.chain is None):
+            raise InvalidRequest("tls: a client's key and its certificate chain are needed together", field="tls", limit="key and chain")
+        return grpc.ssl_channel_credentials(self.roots, self.key, self.chain)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a server is and how it is reached."""
+
+    address: str
+    """HOST:PORT."""
     credentials: grpc.ChannelCredentials | None = None
     """TLS; None speaks plain text."""
-    retry: RetryPolicy = field(default_factory=RetryPolicy)
+    token: Token | None = field(default=None, repr=False)
     max_message_bytes: int = 64 << 20
     """Larger replies are refused."""
+    keepalive: float = 30.0
+    """Seconds without data after which an ongoing call's connection is tested; 0 never tests."""
 
+    @classmethod
+    def of(
+        cls, address: str, tls: bool | Tls | grpc.ChannelCredentials, token: Token | None, *, max_bytes: int, keepalive: float
+    ) -> Endpoint:
+        """Check what the caller gave.
 
-Request = TypeVar("Request", bound=ProtoMessage)
-Reply = TypeVar("Reply", bound=ProtoMessage)
-Result = TypeVar("Result")
+        Raises:
+            InvalidRequest: a token that would travel unencrypted over a network, or TLS files that don't fit.
+        """
+        if isinstance(tls, bool):
+            credentials = grpc.ssl_channel_credentials() if tls else None
+        else:
+            credentials = tls.credentials() if isinstance(tls, Tls) else tls
+        if token is not None and credentials is None and not address.startswith(_LOOPBACK):
+            raise InvalidRequest(f"token: it would travel unencrypted to {address}; use tls", field="token", limit="TLS, or this machine")
+        return cls(address, credentials, token, max_bytes, keepalive)
 
-
-class Link:
-    """A channel and its stubs. Safe between threads."""
-
-    def __init__(self, address: str, config: LinkConfig | None = None) -> None:
-        self.address = address
-        self.config = config or LinkConfig()
+    def options(self) -> list[tuple[str, int]]:
+        """Channel arguments."""
         options = [
-            ("grpc.max_send_message_length", self.config.max_message_bytes),
-            ("grpc.max_receive_message_length", self.config.max_message_bytes),
-            ("grpc.enable_retries", 0),  # ours below know RetryInfo and the reasons
+            ("grpc.max_send_message_length", self.max_message_bytes),
+            ("grpc.max_receive_message_length", self.max_message_bytes),
+            ("grpc.enable_retries", 0),  # ours know RetryInfo and the reasons
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.min_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 2000),
         ]
-        if self.config.credentials is None:
-            self._channel = grpc.insecure_channel(address, options)
-        else:
-            self._channel = grpc.secure_channel(address, self.config.credentials, options)
-        self.catalog = CatalogStub(self._channel)
-        self.inference = InferenceStub(self._channel)
-        self.tuning = TuningStub(self._channel)
-        self._rng = random.Random()
-        self._closed = False
+        if self.keepalive:
+            # A mobile network forgets a silent connection without telling either end.
+            options += [("grpc.keepalive_time_ms", int(1000 * self.keepalive)), ("grpc.keepalive_timeout_ms", 10_000)]
+            options += [("grpc.http2.max_pings_without_data", 0)]
+        return options
 
-    def close(self) -> None:
-        """Close the channel; calls under way end as `Cancelled`."""
-        self._closed = True
-        self._channel.close()
-
-    def unary(self, method: grpc.UnaryUnaryMultiCallable[Request, Reply], request: Request, *, timeout: float, meter: Meter) -> Reply:
-        """Call a method that is safe to repeat, with retries; `timeout` (seconds) bounds all of them together.
+    def metadata(self) -> list[tuple[str, str]]:
+        """What goes with every call.
 
         Raises:
-            RemoteError: as `translate` says.
+            InvalidRequest: a token that is not printable ASCII.
         """
-        deadline = time.monotonic() + timeout
-
-        def attempt() -> Reply:
-            meter.add(sent=request.ByteSize(), requests=1)
-            reply = method(request, timeout=max(0.0, deadline - time.monotonic()))
-            meter.add(received=reply.ByteSize())
-            return reply
-
-        return self._with_retries(attempt, deadline)
-
-    def stream(
-        self, method: grpc.UnaryStreamMultiCallable[Request, Reply], request: Request, *, timeout: float, meter: Meter
-    ) -> ReplyStream[Reply]:
-        """Call a streaming method. Retried only until its first message; after that an error reaches the caller.
-
-        Raises:
-            RemoteError: as `translate` says; also from the stream's `next`.
-        """
-        deadline = time.monotonic() + timeout
-
-        def attempt() -> ReplyStream[Reply]:
-            meter.add(sent=request.ByteSize(), requests=1)
-            call = method(request, timeout=max(0.0, deadline - time.monotonic()))
-            return ReplyStream(call, meter, self._raise)
-
-        return self._with_retries(attempt, deadline)
-
-    def _raise(self, error: grpc.RpcError) -> NoReturn:
-        raise translate(error, address=self.address) from error
-
-    def _with_retries(self, attempt: Callable[[], Result], deadline: float) -> Result:
-        failures = 0
-        while True:
-            if self._closed:
-                raise Cancelled("this client is closed")
-            try:
-                return attempt()
-            except grpc.RpcError as error:
-                self._wait_or_raise(translate(error, address=self.address), error, failures := failures + 1, deadline)
-            except RemoteError as error:
-                self._wait_or_raise(error, error.__cause__, failures := failures + 1, deadline)
-
-    def _wait_or_raise(self, error: RemoteError, cause: BaseException | None, failures: int, deadline: float) -> None:
-        delay = self.config.retry.delay(failures, error, self._rng)
-        if delay is None or time.monotonic() + delay >= deadline:
-            raise error from cause
-        time.sleep(delay)
-
-
-class ReplyStream(Iterator[Reply]):
-    """A stream of replies whose first message has arrived. `close` cancels the call."""
-
-    def __init__(self, call: grpc.CallIterator[Reply], meter: Meter, fail: Callable[[grpc.RpcError], NoReturn]) -> None:
-        self._call = call
-        self._replies = iter(call)
-        self._meter = meter
-        self._fail = fail
-        self._first: Reply | None = self._receive()
-
-    def _receive(self) -> Reply | None:
-        try:
-            reply = next(self._replies, None)
-        except grpc.RpcError as error:
-            self._fail(error)
-        if reply is not None:
-            self._meter.add(received=reply.ByteSize())
-        return reply
-
-    def __next__(self) -> Reply:
-        reply, self._first = (self._first, None) if self._first is not None else (self._receive(), None)
-        if reply is None:
-            raise StopIteration
-        return reply
-
-    def close(self) -> None:
-        cancel: Callable[[], bool] = self._call.cancel
-        cancel()
+        if self.token is None:
+            return []
+        token = self.token if isinstance(self.token, str) else self.token()
+        if not token or not token.isascii() or not token.isprintable():
+            raise InvalidRequest("token: it must be printable ASCII and not empty", field="token", limit="printable ASCII")
+        return [("authorization", f"Bearer {token}")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -31,7 +31,7 @@ class Progress:
     """Of the factors that the persona had."""
     best_nll: float = float("inf")
     best_step: int = 0
-    outcome: Literal["running", "finished", "diverged"] = "running"
+    outcome: Literal["running", "finished", "early_stopped", "diverged"] = "running"
     losses: list[float] = field(default_factory=list)
     gradient_norms: list[float] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
@@ -63,10 +63,23 @@ class Progress:
             raise ValueError(f"it is at step {progress.step}, its best at {progress.best_step}; the run has {steps} steps")
         if any(map(math.isnan, measured)) or not len(progress.losses) == len(progress.gradient_norms) == progress.step:
             raise ValueError("its losses don't fit its step")
-        ended: dict[Any, bool] = {"running": progress.step < steps, "finished": progress.step == steps, "diverged": True}
+        ended: dict[Any, bool] = {
+            "running": progress.step < steps,
+            "finished": progress.step == steps,
+            "early_stopped": True,
+            "diverged": True,
+        }
         if not ended.get(progress.outcome, False):
             raise ValueError(f"outcome {progress.outcome!r} doesn't fit step {progress.step}")
         return progress
+
+    def copy(self) -> Progress:
+        """One that can go on without changing this one."""
+        return replace(self, losses=[*self.losses], gradient_norms=[*self.gradient_norms], validation=[*self.validation])
+
+    def stale(self) -> int:
+        """Measurements since the best one."""
+        return sum(step > self.best_step for step, _ in self.validation)
 
 
 @dataclass

@@ -10,44 +10,33 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from lopa import examples as data
+from lopa.control import Budget, Stopped, TuneControl, pair_bytes
 from lopa.encoder import Moments, PromptEncoder, Tensors
-from lopa.errors import FactorsError, InvalidRequest, RemoteError, TuningError
+from lopa.errors import Cancelled, FactorsError, InvalidRequest, TuningError
 from lopa.examples import Example
 from lopa.factors import Factors
 from lopa.folder import PersonaStore
+from lopa.protocol.flow import Flow, work
+from lopa.protocol.requests import DTYPES
 from lopa.retry import Patience
+from lopa.session import WireOptions
 from lopa.tune_state import Progress, TuneState, load_state
-from lopa.tuning import TuneConfig, TuneProgress, TuneReport
-from lopa.values import Dtype, Float32, Pair, PairGradient, PairScore, Placement, Traffic
+from lopa.tuning import Outcome, TuneConfig, TuneProgress, TuneReport
+from lopa.values import Float32, Pair, PairGradient
 from lopa.wire.errors import Reason
+
+if TYPE_CHECKING:
+    from lopa.session import Session
 
 Result = TypeVar("Result")
 _OUT_OF_RANGE = (Reason.SOFT_PROMPT_NORM, Reason.SOFT_PROMPT_NOT_FINITE)
-
-
-class GradientSource(Protocol):
-    """The server, as tuning needs it: a `Client`."""
-
-    @property
-    def traffic(self) -> Traffic: ...
-
-    def score(self, pairs: Sequence[Pair], *, dtype: Dtype = ..., placement: Placement = ...) -> list[PairScore]: ...
-
-    def prompt_gradients(
-        self,
-        pairs: Sequence[Pair],
-        *,
-        dtype: Dtype = ...,
-        gradient_dtype: Dtype = ...,
-        placement: Placement = ...,
-        max_pairs: int | None = ...,
-    ) -> list[PairGradient]: ...
 
 
 @dataclass(frozen=True)
@@ -80,49 +69,72 @@ class Diverged(Exception):
     """Never leaves a run: the soft prompt or the factors left the range of usable numbers."""
 
 
+@dataclass(frozen=True)
+class TuneJob:
+    """What to learn, and who watches."""
+
+    config: TuneConfig
+    training: Sequence[Example]
+    validation: Sequence[Example]
+    notify: Callable[[TuneProgress], None] = field(default=lambda _: None)
+    control: TuneControl = field(default_factory=TuneControl)
+
+
 class Tuner:
     """One run over one persona, whose lock the caller holds."""
 
-    def __init__(
-        self,
-        source: GradientSource,
-        encoder: PromptEncoder,
-        store: PersonaStore,
-        config: TuneConfig,
-        split: tuple[Sequence[Example], Sequence[Example]],
-        notify: Callable[[TuneProgress], None],
-    ) -> None:
+    def __init__(self, session: Session, encoder: PromptEncoder, store: PersonaStore, job: TuneJob) -> None:
+        """session: with a meter of its own that job.control stops."""
         record = store.record()
-        self._source, self._encoder, self._store, self._notify = source, encoder, store, notify
-        self._placement = config.placement or record.placement
-        self._config = replace(config, placement=self._placement)
-        self._training, self._validation = (encode_examples(encoder, part) for part in split)
+        self._session, self._encoder, self._store, self._job = session, encoder, store, job
+        self._config = replace(job.config, placement=job.config.placement or record.placement)
+        self._wire = WireOptions(
+            dtype=self._config.dtype,
+            gradient_dtype=self._config.gradient_dtype,
+            placement=self._config.placement or "front",
+            max_pairs=self._config.microbatch or None,
+        )
         self._current = store.factors(record)
-        self._start = Factors.start(encoder.bundle) if config.fresh else self._current
-        self._patience = Patience(config.patience, random.Random())
+        self._start = Factors.start(encoder.bundle) if self._config.fresh else self._current
+        self._patience = Patience(self._config.patience, random.Random(), stop=job.control.stop)
+        self._budget = Budget(self._config, lambda: session.meter.traffic)
         self._clock = time.monotonic()
-        self._counted = source.traffic
+        self._counted = session.meter.traffic
         self._last = Progress()
 
-    def run(self) -> TuneReport:
+    def run(self) -> Flow[TuneReport]:
         """Tune to the end; every completed step is on disk before the next begins.
 
         Raises:
-            Unavailable: no server for `patience` seconds; call again to go on. Others: as the server or the folder says.
+            Unavailable: no server for `patience` seconds; call again to go on. Cancelled: before anything was measured.
+            Others: as the server or the folder says.
         """
-        state = load_state(self._store.tuning_path, self._digest(), self._encoder.bundle.manifest.personal, self._config.steps)
+        self._training, self._validation = yield from work(
+            lambda: tuple(encode_examples(self._encoder, part) for part in (self._job.training, self._job.validation))
+        )
+        personal = self._encoder.bundle.manifest.personal
+        state = yield from work(lambda: load_state(self._store.tuning_path, self._digest(), personal, self._config.steps))
         if state is None:
-            state = self._begin()
-        resumed_from = state.progress.step
+            state = yield from self._begin()
+        resumed_from, stopped = state.progress.step, None
         self._last = state.progress
         while state.progress.outcome == "running":
+            yield from self._job.control.hold(lambda why: self._tell(self._last, why))
+            stopped = "cancelled" if self._job.control.cancelled else self._budget.reached(self._step_bytes(state.progress.step + 1))
+            if stopped:
+                break
             try:
-                self._advance(state)
+                state = yield from self._advance(state)
             except Diverged:
                 state.progress.outcome = "diverged"
-            self._save(state)
+            except Cancelled:
+                if not self._job.control.cancelled:
+                    raise
+                continue
+            self._last = state.progress
+            yield from work(partial(self._save, state))
             self._tell(state.progress)
-        return self._finish(state, resumed_from)
+        return self._finish(state, resumed_from, stopped)
 
     def _digest(self) -> str:
         """What this run is: a run with the same digest goes on where the other stopped."""
@@ -135,10 +147,10 @@ class Tuner:
         ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
-    def _begin(self) -> TuneState:
+    def _begin(self) -> Flow[TuneState]:
         """Measure what there is: the persona's factors, and the start if it is another."""
-        start = self._measure(self._start)
-        before = self._measure(self._current) if self._config.fresh else start
+        start = yield from self._measure(self._start)
+        before = (yield from self._measure(self._current)) if self._config.fresh else start
         if not math.isfinite(start):
             raise TuningError("the factors to start from give no finite loss; roll back to a sound version or tune with fresh=True")
         progress = Progress(before_nll=before, best_nll=min(start, before), validation=[(0, start)])
@@ -147,79 +159,97 @@ class Tuner:
         self._save(state)
         return state
 
-    def _advance(self, state: TuneState) -> None:
-        """One optimizer step and, when due, a measurement.
+    def _batch(self, step: int) -> list[int]:
+        count = len(self._training.examples)
+        return data.batch(count, min(self._config.batch_size, count), step, self._config.seed)
+
+    def _advance(self, state: TuneState) -> Flow[TuneState]:
+        """The state after one optimizer step and, when due, a measurement; the one given stays as it is.
 
         Raises:
-            Diverged: the state is unchanged.
+            Diverged: there is no such state.
         """
-        config, progress = self._config, state.progress
-        step = progress.step + 1
-        size = min(config.batch_size, len(self._training.examples))
-        batch = self._training.take(data.batch(len(self._training.examples), size, step, config.seed))
-        gradients = self._gradients(batch, state.personal)
+        self._budget.step_begins()
+        config, step = self._config, state.progress.step + 1
+        batch = self._training.take(self._batch(step))
+        gradients = yield from self._gradients(batch, state.personal)
         tokens = sum(item.target_tokens for item in gradients)
-        update = self._encoder.update(
-            batch.instance,
-            state.personal,
-            state.moments,
-            np.stack([item.gradient for item in gradients]) / np.float32(tokens),
-            learning_rate=config.rate(step),
-            weight_decay=config.weight_decay,
-            clip=config.clip,
-            step=step,
+        mean = np.stack([item.gradient for item in gradients]) / np.float32(tokens)
+        update = yield from work(
+            lambda: self._encoder.update(
+                batch.instance,
+                state.personal,
+                state.moments,
+                mean,
+                learning_rate=config.rate(step),
+                weight_decay=config.weight_decay,
+                clip=config.clip,
+                step=step,
+            )
         )
         if not all(np.isfinite(value).all() for value in update.personal.values()):
             raise Diverged("the update has values that are not finite")
-        state.personal, state.moments, progress.step = update.personal, update.moments, step
+        progress = state.progress.copy()
+        progress.step = step
         progress.losses.append(sum(item.nll_sum for item in gradients) / tokens)
         progress.gradient_norms.append(update.gradient_norm)
-        if step % config.validate_every == 0 or step == config.steps:
-            self._validate(state)
+        moved = replace(state, personal=update.personal, moments=update.moments, progress=progress)
+        if self._measured(step):
+            yield from self._validate(moved)
         if step == config.steps:
             progress.outcome = "finished"
+        elif config.early_stopping and progress.stale() >= config.early_stopping:
+            progress.outcome = "early_stopped"
+        self._budget.step_done()
+        return moved
 
-    def _gradients(self, batch: Encoded, personal: Tensors) -> list[PairGradient]:
-        config = self._config
+    def _measured(self, step: int) -> bool:
+        return step % self._config.validate_every == 0 or step == self._config.steps
+
+    def _step_bytes(self, step: int) -> int:
+        """What a step brings over the wire at most, if nothing has to be repeated."""
+        manifest = self._encoder.bundle.manifest
+        numbers = manifest.rows * manifest.fm.hidden_size
+
+        def total(examples: Sequence[Example], dtypes: list[int]) -> int:
+            return sum(pair_bytes([one.prompt, one.target, one.prefix], numbers, manifest.rows, dtypes) for one in examples)
+
+        soft, gradient = DTYPES[self._config.dtype], DTYPES[self._config.gradient_dtype]
+        needed = total([self._training.examples[i] for i in self._batch(step)], [soft, gradient])
+        return needed + (total(self._validation.examples, [soft]) if self._measured(step) else 0)
+
+    def _gradients(self, batch: Encoded, personal: Tensors) -> Flow[list[PairGradient]]:
         try:
-            pairs = pairs_with(batch, self._encoder.compose(batch.instance, personal))
+            soft = yield from work(lambda: self._encoder.compose(batch.instance, personal))
         except FactorsError as error:
             raise Diverged(str(error)) from error
+        pairs, low = pairs_with(batch, soft), self._config.low_priority
+        return (yield from self._ask(lambda: self._session.prompt_gradients(pairs, self._wire, low_priority=low)))
 
-        def ask() -> list[PairGradient]:
-            return self._source.prompt_gradients(
-                pairs,
-                dtype=config.dtype,
-                gradient_dtype=config.gradient_dtype,
-                placement=self._placement,
-                max_pairs=config.microbatch or None,
-            )
-
-        return self._ask(ask)
-
-    def _validate(self, state: TuneState) -> None:
+    def _validate(self, state: TuneState) -> Flow[None]:
         """Measure the factors as they would rest on disk, and keep them if they are the best so far."""
         rounded = self._with(state.personal).at_rest()
-        nll = self._measure(rounded)
+        nll = yield from self._measure(rounded)
         state.progress.validation.append((state.progress.step, nll))
         if nll < state.progress.best_nll:
             state.progress.best_nll, state.progress.best_step, state.best = nll, state.progress.step, rounded.tensors
 
-    def _measure(self, factors: Factors) -> float:
+    def _measure(self, factors: Factors) -> Flow[float]:
         """NLL per target token over the validation examples; infinite for factors that can't be used."""
         if not factors.finite:
             return math.inf
         try:
-            pairs = pairs_with(self._validation, self._encoder.compose(self._validation.instance, factors.tensors))
-            scores = self._ask(lambda: self._source.score(pairs, dtype=self._config.dtype, placement=self._placement))
+            soft = yield from work(lambda: self._encoder.compose(self._validation.instance, factors.tensors))
+            pairs, low = pairs_with(self._validation, soft), self._config.low_priority
+            scores = yield from self._ask(lambda: self._session.score(pairs, self._wire, low_priority=low))
         except (Diverged, FactorsError):
             return math.inf
         return sum(score.nll_sum for score in scores) / sum(score.target_tokens for score in scores)
 
-    def _ask(self, call: Callable[[], Result]) -> Result:
+    def _ask(self, call: Callable[[], Flow[Result]]) -> Flow[Result]:
         """Call the server, patiently. A soft prompt that it finds too large is the run's own doing: Diverged."""
         try:
-            return self._patience.keep_trying(call, self._waiting)
+            return (yield from self._patience.keep_trying(call, lambda error: self._tell(self._last, str(error))))
         except InvalidRequest as error:
             if error.reason in _OUT_OF_RANGE:
                 raise Diverged(str(error)) from error
@@ -229,7 +259,7 @@ class Tuner:
         return Factors(tensors, self._current.specs, self._current.bundle_id, self._current.fm_fingerprint)
 
     def _save(self, state: TuneState) -> None:
-        now, traffic = time.monotonic(), self._source.traffic
+        now, traffic = time.monotonic(), self._session.meter.traffic
         used = traffic - self._counted
         state.progress.seconds += now - self._clock
         state.progress.sent_bytes += used.sent_bytes
@@ -240,23 +270,23 @@ class Tuner:
     def _tell(self, progress: Progress, waiting: str = "") -> None:
         loss = progress.losses[-1] if progress.losses else None
         nll = progress.validation[-1][1] if progress.validation else None
-        self._notify(TuneProgress(progress.step, self._config.steps, loss, nll, progress.before_nll, waiting))
+        self._job.notify(TuneProgress(progress.step, self._config.steps, loss, nll, progress.before_nll, waiting))
 
-    def _waiting(self, error: RemoteError) -> None:
-        self._tell(self._last, str(error))
-
-    def _finish(self, state: TuneState, resumed_from: int) -> TuneReport:
-        """Save the best factors if they are better than what there was, then forget the run."""
+    def _finish(self, state: TuneState, resumed_from: int, stopped: Stopped | None) -> TuneReport:
+        """Save the best factors if they are better than what there was, then forget the run; a stopped run is kept instead."""
         progress = state.progress
-        kept = progress.best_step > 0
+        kept = stopped is None and progress.best_step > 0
         if kept:
-            self._store.append(self._with(state.best), validation_nll=progress.best_nll, placement=self._placement)
-        self._store.tuning_path.unlink(missing_ok=True)
+            placement = self._config.placement or "front"
+            self._store.append(self._with(state.best), validation_nll=progress.best_nll, placement=placement)
+        if stopped is None:
+            self._store.tuning_path.unlink(missing_ok=True)
         record = self._store.record()
+        ended: Outcome = "finished" if progress.outcome == "running" else progress.outcome
         return TuneReport(
             kept=kept,
             version=record.current,
-            outcome="diverged" if progress.outcome == "diverged" else "finished",
+            outcome=stopped or ended,
             start_nll=progress.before_nll,
             best_nll=progress.best_nll,
             end_nll=progress.best_nll if kept else progress.before_nll,

@@ -6,13 +6,17 @@ import dataclasses
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self, TypedDict, Unpack
+from pathlib import Path
+from typing import Any, Literal, Self, TypedDict, Unpack, get_args
 
 from lopa.bundle import Manifest
+from lopa.control import Stopped
 from lopa.errors import TuningError
+from lopa.files import write_atomic
 from lopa.values import Dtype, Placement
 
 Schedule = Literal["constant", "linear", "cosine"]
+Outcome = Literal["finished", "early_stopped", "diverged", "cancelled", "max_steps", "max_seconds", "max_bytes"]
 
 
 class TuneOptions(TypedDict, total=False):
@@ -32,6 +36,16 @@ class TuneOptions(TypedDict, total=False):
     microbatch: int
     patience: float
     fresh: bool
+    warmup: int
+    early_stopping: int
+    low_priority: bool
+    max_steps: int | None
+    max_seconds: float | None
+    max_bytes: int | None
+
+
+_HOW_NOT_WHAT = ("patience", "low_priority", "max_steps", "max_seconds", "max_bytes")
+"""Settings that a resumed run may have otherwise."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +79,25 @@ class TuneConfig:
     placement: Placement | None = None
     """Where the soft prompt stands; None takes what the persona was last tuned with, the front for a new one."""
     microbatch: int = 0
-    """Pairs in one request at most; 0 leaves it to the server's limits."""
+    """Gradient accumulation: pairs in one request at most, summed up to `batch_size` before each step; 0 leaves it to the
+    server's limits."""
     patience: float = 120.0
-    """Seconds to go on trying when the server can't be reached. Not part of what a run is: a resumed run may have another."""
+    """Seconds to go on trying when the server can't be reached. Neither this nor what follows `early_stopping` is part of what
+    a run is: a resumed run may have another."""
     fresh: bool = False
     """Start from the bundle's values instead of the persona's current factors."""
+    warmup: int = 0
+    """Steps over which the learning rate rises to its value; the schedule begins after them."""
+    early_stopping: int = 0
+    """End after so many measurements in a row without a better one; 0 never does."""
+    low_priority: bool = False
+    """Let the server put this run behind other users' work."""
+    max_steps: int | None = None
+    """Steps that this call may take; the run goes on with the next call."""
+    max_seconds: float | None = None
+    """Time that this call may take."""
+    max_bytes: int | None = None
+    """Message bytes, both ways, that this call may use."""
 
     def __post_init__(self) -> None:
         rules = {
@@ -83,6 +111,11 @@ class TuneConfig:
             "placement": self.placement in (None, "front", "after_prefix"),
             "microbatch": self.microbatch >= 0,
             "patience": 0 <= self.patience < math.inf,
+            "warmup": 0 <= self.warmup < self.steps,
+            "early_stopping": self.early_stopping >= 0,
+            "max_steps": self.max_steps is None or self.max_steps >= 1,
+            "max_seconds": self.max_seconds is None or self.max_seconds > 0,
+            "max_bytes": self.max_bytes is None or self.max_bytes >= 1,
         }
         for name, holds in rules.items():
             if not holds:
@@ -95,7 +128,9 @@ class TuneConfig:
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 1."""
-        done = (step - 1) / self.steps
+        if step <= self.warmup:
+            return self.learning_rate * step / (self.warmup + 1)
+        done = (step - 1 - self.warmup) / (self.steps - self.warmup)
         if self.schedule == "linear":
             return self.learning_rate * (1 - done)
         if self.schedule == "cosine":
@@ -104,7 +139,7 @@ class TuneConfig:
 
     def identity(self) -> str:
         """Everything that a run's result depends on, as canonical JSON."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "patience"}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in _HOW_NOT_WHAT}
         return json.dumps(fields, sort_keys=True)
 
 
@@ -122,7 +157,7 @@ class TuneProgress:
     start_nll: float
     """The same before tuning."""
     waiting: str = ""
-    """Why the run waits for the server; empty while it moves."""
+    """Why the run waits: "paused", or what keeps the server away; empty while it moves."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +168,9 @@ class TuneReport:
     """Whether the persona has new factors now. False: nothing changed, because nothing better was found."""
     version: int
     """The persona's current version."""
-    outcome: Literal["finished", "diverged"]
-    """"diverged": the soft prompt left the range that the server allows; the best factors before that count."""
+    outcome: Outcome
+    """"diverged": the soft prompt left the range that the server allows; the best factors before that count. "early_stopped": no
+    better measurement for a while. "cancelled", "max_steps", "max_seconds", "max_bytes": stopped; the same call goes on."""
     start_nll: float
     """Of the factors that the persona had before."""
     best_nll: float
@@ -162,9 +198,32 @@ class TuneReport:
     factor_bytes: int
     """The current factors file."""
 
+    @property
+    def resumable(self) -> bool:
+        """Whether the run was stopped and the same call goes on with it. Until it has ended, the persona is as before."""
+        return self.outcome in get_args(Stopped)
+
     def to_json(self) -> str:
         """One JSON object, a field each."""
         return json.dumps(asdict(self), indent=1)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def save(self, path: Path | str) -> None:
+        """Write the numbers as JSON.
+
+        Raises:
+            StorageError: it can't be written.
+        """
+        write_atomic(Path(path).expanduser(), (self.to_json() + "\n").encode())
+
+    def plot(self, path: Path | str) -> None:
+        """Draw the curves as a PNG file: training loss, validation, gradient norm.
+
+        Raises:
+            MissingDependency: matplotlib is not installed. StorageError: it can't be written.
+        """
+        from lopa.plotting import plot_report
+
+        plot_report(self, Path(path).expanduser())

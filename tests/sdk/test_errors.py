@@ -14,8 +14,11 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 from lopa import errors
+from lopa.link import Link
+from lopa.protocol.flow import GET_MODEL, Flow
 from lopa.retry import Patience, RetryPolicy, is_retryable
-from lopa.transport import REASONS, STATUS, Link, LinkConfig, Meter
+from lopa.session import Session
+from lopa.transport import REASONS, STATUS, Endpoint
 from lopa.v1 import catalog_pb2, catalog_pb2_grpc
 from lopa.wire.errors import CATALOGUE, DOMAIN, Reason
 
@@ -39,23 +42,25 @@ class Failing(catalog_pb2_grpc.CatalogServicer):
 
 
 @contextmanager
-def failing(*statuses: status_pb2.Status, attempts: int = 1) -> Iterator[tuple[Failing, Link]]:
-    """A real server on a free port, and a link to it."""
+def failing(*statuses: status_pb2.Status, attempts: int = 1) -> Iterator[tuple[Failing, tuple[Link, Session]]]:
+    """A real server on a free port, and a way to it."""
     servicer = Failing(*statuses)
     server = grpc.server(futures.ThreadPoolExecutor(1))
     catalog_pb2_grpc.add_CatalogServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    link = Link(f"127.0.0.1:{port}", LinkConfig(retry=RetryPolicy(attempts=attempts, initial=0.001)))
+    address, retry = f"127.0.0.1:{port}", RetryPolicy(attempts=attempts, initial=0.001)
+    link = Link(Endpoint(address))
     try:
-        yield servicer, link
+        yield servicer, (link, Session(address, lopa.ClientConfig(retry=retry)))
     finally:
         link.close()
         server.stop(None)
 
 
-def ask(link: Link, timeout: float = 10.0) -> catalog_pb2.ModelInfo:
-    return link.unary(link.catalog.GetModel, catalog_pb2.GetModelRequest(), timeout=timeout, meter=Meter())
+def ask(way: tuple[Link, Session], timeout: float = 10.0) -> catalog_pb2.ModelInfo:
+    link, session = way
+    return link.run(session.call(GET_MODEL, catalog_pb2.GetModelRequest(), timeout))
 
 
 def status(code: grpc.StatusCode, reason: Reason | None = None, retry: float | None = None) -> status_pb2.Status:
@@ -77,16 +82,16 @@ def test_every_status_and_every_reason_is_mapped() -> None:
 
 @pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK])
 def test_statuses_arrive_as_ours(code: grpc.StatusCode) -> None:
-    with failing(status(code)) as (_, link), pytest.raises(STATUS[code], match="what is wrong") as caught:
-        ask(link)
+    with failing(status(code)) as (_, way), pytest.raises(STATUS[code], match="what is wrong") as caught:
+        ask(way)
     assert isinstance(caught.value, lopa.LopaError) and isinstance(caught.value.__cause__, grpc.RpcError)
     assert caught.value.reason is None
 
 
 @pytest.mark.parametrize("reason", list(Reason))
 def test_reasons_arrive_as_ours(reason: Reason) -> None:
-    with failing(status(CATALOGUE[reason].status, reason, 2.5)) as (_, link), pytest.raises(REASONS[reason]) as caught:
-        ask(link)
+    with failing(status(CATALOGUE[reason].status, reason, 2.5)) as (_, way), pytest.raises(REASONS[reason]) as caught:
+        ask(way)
     assert caught.value.reason is reason and str(caught.value) == "what is wrong"
     if isinstance(caught.value, lopa.InvalidRequest):
         assert (caught.value.field, caught.value.limit, caught.value.found) == ("pairs[3].target", "7", "9")
@@ -97,8 +102,8 @@ def test_reasons_arrive_as_ours(reason: Reason) -> None:
 def test_a_reason_of_a_later_version_falls_back_to_its_status() -> None:
     message = status(grpc.StatusCode.NOT_FOUND)
     message.details.add().Pack(error_details_pb2.ErrorInfo(reason="FROM_THE_FUTURE", domain=DOMAIN))
-    with failing(message) as (_, link), pytest.raises(lopa.NotFound) as caught:
-        ask(link)
+    with failing(message) as (_, way), pytest.raises(lopa.NotFound) as caught:
+        ask(way)
     assert caught.value.reason is None
 
 
@@ -118,8 +123,8 @@ def test_the_tree_is_as_drawn() -> None:
     ],
 )
 def test_what_can_help_is_tried_again(fault: status_pb2.Status) -> None:
-    with failing(fault, fault, attempts=3) as (servicer, link):
-        assert ask(link).name == "answered"
+    with failing(fault, fault, attempts=3) as (servicer, way):
+        assert ask(way).name == "answered"
     assert servicer.calls == 3
 
 
@@ -135,19 +140,19 @@ def test_what_can_help_is_tried_again(fault: status_pb2.Status) -> None:
     ],
 )
 def test_what_cannot_help_is_not_tried_again(fault: status_pb2.Status) -> None:
-    with failing(fault, attempts=5) as (servicer, link), pytest.raises(lopa.RemoteError):
-        ask(link)
+    with failing(fault, attempts=5) as (servicer, way), pytest.raises(lopa.RemoteError):
+        ask(way)
     assert servicer.calls == 1
 
 
 def test_attempts_and_time_are_bounded() -> None:
     fault = status(grpc.StatusCode.UNAVAILABLE)
-    with failing(*[fault] * 9, attempts=3) as (servicer, link), pytest.raises(lopa.Unavailable):
-        ask(link)
+    with failing(*[fault] * 9, attempts=3) as (servicer, way), pytest.raises(lopa.Unavailable):
+        ask(way)
     assert servicer.calls == 3
     slow = status(grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.QUEUE_FULL, 2.0)
-    with failing(*[slow] * 9, attempts=9) as (servicer, link), pytest.raises(lopa.ResourceExhausted):
-        ask(link, timeout=1.0)
+    with failing(*[slow] * 9, attempts=9) as (servicer, way), pytest.raises(lopa.ResourceExhausted):
+        ask(way, timeout=1.0)
     assert servicer.calls == 1
 
 
@@ -165,11 +170,13 @@ def test_delays_grow_with_full_jitter_up_to_a_bound() -> None:
 def test_patience_ends() -> None:
     calls = []
 
-    def call() -> None:
+    def call() -> Flow[None]:
         calls.append(1)
         raise lopa.Unavailable("gone")
+        yield
 
     waits: list[lopa.RemoteError] = []
+    patience = Patience(0.1, random.Random(0), RetryPolicy(initial=0.01, maximum=0.02))
     with pytest.raises(lopa.Unavailable):
-        Patience(0.1, random.Random(0), RetryPolicy(initial=0.01, maximum=0.02)).keep_trying(call, waits.append)
+        Link(Endpoint("127.0.0.1:1")).run(patience.keep_trying(call, waits.append))
     assert len(calls) == len(waits) + 1 > 3

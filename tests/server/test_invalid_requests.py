@@ -199,6 +199,12 @@ CASES: dict[str, Case] = {
         "512",
     ),
     "nan in a pair": (lambda: _pairs(pair(), pair(soft_prompt=_floats(np.nan))), "SOFT_PROMPT_NOT_FINITE", "pairs[1].soft_prompt.data", ""),
+    "priority": (
+        lambda: inference_pb2.ScoreRequest(pairs=[pair()], priority=7),
+        "OUT_OF_RANGE",
+        "priority",
+        "PRIORITY_NORMAL or PRIORITY_LOW",
+    ),
     "pair's prompt": (lambda: _pairs(pair(prompt=pb.Prompt(text=""))), "EMPTY_PROMPT", "pairs[0].prompt.text", "1"),
     # bundles
     "unknown bundle": (lambda: catalog_pb2.FetchBundleRequest(bundle_id="f" * 64), "UNKNOWN_BUNDLE", "bundle_id", "none"),

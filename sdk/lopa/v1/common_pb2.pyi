@@ -73,6 +73,28 @@ PLACEMENT_AFTER_PREFIX: Placement.ValueType  # 2
 """[prefix][soft prompt][prompt]: the prefix's cache can serve everybody."""
 Global___Placement: _TypeAlias = Placement  # noqa: Y015
 
+class _Priority:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
+    """Same as PRIORITY_NORMAL."""
+    PRIORITY_NORMAL: _Priority.ValueType  # 1
+    PRIORITY_LOW: _Priority.ValueType  # 2
+    """Its pairs may wait for everybody else's: tuning overnight."""
+
+class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
+    """How urgent a call is to its sender."""
+
+PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
+"""Same as PRIORITY_NORMAL."""
+PRIORITY_NORMAL: Priority.ValueType  # 1
+PRIORITY_LOW: Priority.ValueType  # 2
+"""Its pairs may wait for everybody else's: tuning overnight."""
+Global___Priority: _TypeAlias = Priority  # noqa: Y015
+
 @_typing.final
 class SoftPrompt(_message.Message):
     """m rows of the FM's input-embedding space, put among the embedded tokens."""

@@ -25,19 +25,19 @@ _sym_db = _symbol_database.Default()
 from lopa.v1 import common_pb2 as lopa_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14lopa/v1/tuning.proto\x12\x07lopa.v1\x1a\x14lopa/v1/common.proto\"v\n\x16PromptGradientsRequest\x12\x1c\n\x05pairs\x18\x01 \x03(\x0b\x32\r.lopa.v1.Pair\x12&\n\x0egradient_dtype\x18\x02 \x01(\x0e\x32\x0e.lopa.v1.DType\x12\x16\n\x0e\x66m_fingerprint\x18\x03 \x01(\t\"\x88\x01\n\x0cPairGradient\x12\x0f\n\x07nll_sum\x18\x01 \x01(\x01\x12\x15\n\rtarget_tokens\x18\x02 \x01(\r\x12-\n\x08gradient\x18\x03 \x01(\x0b\x32\x1b.lopa.v1.SoftPromptGradient\x12!\n\x07receipt\x18\x04 \x01(\x0b\x32\x10.lopa.v1.Receipt\"C\n\x17PromptGradientsResponse\x12(\n\tgradients\x18\x01 \x03(\x0b\x32\x15.lopa.v1.PairGradient2^\n\x06Tuning\x12T\n\x0fPromptGradients\x12\x1f.lopa.v1.PromptGradientsRequest\x1a .lopa.v1.PromptGradientsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14lopa/v1/tuning.proto\x12\x07lopa.v1\x1a\x14lopa/v1/common.proto\"\x9b\x01\n\x16PromptGradientsRequest\x12\x1c\n\x05pairs\x18\x01 \x03(\x0b\x32\r.lopa.v1.Pair\x12&\n\x0egradient_dtype\x18\x02 \x01(\x0e\x32\x0e.lopa.v1.DType\x12\x16\n\x0e\x66m_fingerprint\x18\x03 \x01(\t\x12#\n\x08priority\x18\x04 \x01(\x0e\x32\x11.lopa.v1.Priority\"\x88\x01\n\x0cPairGradient\x12\x0f\n\x07nll_sum\x18\x01 \x01(\x01\x12\x15\n\rtarget_tokens\x18\x02 \x01(\r\x12-\n\x08gradient\x18\x03 \x01(\x0b\x32\x1b.lopa.v1.SoftPromptGradient\x12!\n\x07receipt\x18\x04 \x01(\x0b\x32\x10.lopa.v1.Receipt\"C\n\x17PromptGradientsResponse\x12(\n\tgradients\x18\x01 \x03(\x0b\x32\x15.lopa.v1.PairGradient2^\n\x06Tuning\x12T\n\x0fPromptGradients\x12\x1f.lopa.v1.PromptGradientsRequest\x1a .lopa.v1.PromptGradientsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lopa.v1.tuning_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PROMPTGRADIENTSREQUEST']._serialized_start=55
-  _globals['_PROMPTGRADIENTSREQUEST']._serialized_end=173
-  _globals['_PAIRGRADIENT']._serialized_start=176
-  _globals['_PAIRGRADIENT']._serialized_end=312
-  _globals['_PROMPTGRADIENTSRESPONSE']._serialized_start=314
-  _globals['_PROMPTGRADIENTSRESPONSE']._serialized_end=381
-  _globals['_TUNING']._serialized_start=383
-  _globals['_TUNING']._serialized_end=477
+  _globals['_PROMPTGRADIENTSREQUEST']._serialized_start=56
+  _globals['_PROMPTGRADIENTSREQUEST']._serialized_end=211
+  _globals['_PAIRGRADIENT']._serialized_start=214
+  _globals['_PAIRGRADIENT']._serialized_end=350
+  _globals['_PROMPTGRADIENTSRESPONSE']._serialized_start=352
+  _globals['_PROMPTGRADIENTSRESPONSE']._serialized_end=419
+  _globals['_TUNING']._serialized_start=421
+  _globals['_TUNING']._serialized_end=515
 # @@protoc_insertion_point(module_scope)

@@ -26,10 +26,13 @@ class PromptGradientsRequest(_message.Message):
     PAIRS_FIELD_NUMBER: _builtins.int
     GRADIENT_DTYPE_FIELD_NUMBER: _builtins.int
     FM_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     gradient_dtype: _common_pb2.DType.ValueType
     """Dtype of the gradients in the reply. Default DTYPE_F32."""
     fm_fingerprint: _builtins.str
     """When given, must equal ModelInfo.fingerprint; otherwise FAILED_PRECONDITION."""
+    priority: _common_pb2.Priority.ValueType
+    """Default: normal."""
     @_builtins.property
     def pairs(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Pair]:
         """1 <= pairs <= Limits.max_pairs; each with a soft prompt."""
@@ -40,10 +43,11 @@ class PromptGradientsRequest(_message.Message):
         pairs: _abc.Iterable[_common_pb2.Pair] | None = ...,
         gradient_dtype: _common_pb2.DType.ValueType = ...,
         fm_fingerprint: _builtins.str = ...,
+        priority: _common_pb2.Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fm_fingerprint", b"fm_fingerprint", "gradient_dtype", b"gradient_dtype", "pairs", b"pairs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fm_fingerprint", b"fm_fingerprint", "gradient_dtype", b"gradient_dtype", "pairs", b"pairs", "priority", b"priority"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

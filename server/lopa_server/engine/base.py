@@ -156,6 +156,8 @@ class PairRequest:
     target: tuple[int, ...]
     cache_salt: bytes = b""
     """As in `GenerateRequest`."""
+    low_priority: bool = False
+    """May wait for everybody else's pairs."""
 
     def __len__(self) -> int:
         return len(self.input) + len(self.target)

@@ -80,7 +80,7 @@ class RequestChecker:
     def score(self, request: inference_pb2.ScoreRequest) -> list[CheckedPair]:
         """A score request's pairs."""
         self._fingerprint(request.fm_fingerprint)
-        return self._pairs(request.pairs, soft_prompt_needed=False)
+        return self._pairs(request, soft_prompt_needed=False)
 
     def gradients(self, request: tuning_pb2.PromptGradientsRequest) -> CheckedGradients:
         """A gradient request."""
@@ -89,13 +89,19 @@ class RequestChecker:
         if dtype not in DTYPES:
             accepted = ", ".join(dtype_name(known) for known in DTYPES)
             raise WireError(Reason.SOFT_PROMPT_DTYPE, "gradient_dtype", limit=accepted, found=dtype_name(dtype))
-        return CheckedGradients(self._pairs(request.pairs, soft_prompt_needed=True), dtype)
+        return CheckedGradients(self._pairs(request, soft_prompt_needed=True), dtype)
 
     def _fingerprint(self, fingerprint: str) -> None:
         if fingerprint and fingerprint != self._spec.fingerprint:
             raise WireError(Reason.FINGERPRINT_MISMATCH, "fm_fingerprint", limit=self._spec.fingerprint, found=fingerprint)
 
-    def _pairs(self, pairs: Sequence[pb.Pair], *, soft_prompt_needed: bool) -> list[CheckedPair]:
+    def _pairs(
+        self, request: inference_pb2.ScoreRequest | tuning_pb2.PromptGradientsRequest, *, soft_prompt_needed: bool
+    ) -> list[CheckedPair]:
+        pairs = request.pairs
+        if request.priority not in pb.Priority.values():
+            raise WireError(Reason.OUT_OF_RANGE, "priority", limit="PRIORITY_NORMAL or PRIORITY_LOW", found=request.priority)
+        low = request.priority == pb.PRIORITY_LOW
         if not pairs:
             raise WireError(Reason.MISSING_FIELD, "pairs")
         if len(pairs) > self._limits.max_pairs:
@@ -103,10 +109,10 @@ class RequestChecker:
         checked = []
         for index, pair in enumerate(pairs):
             with below(f"pairs[{index}]"):
-                checked.append(self._pair(pair, soft_prompt_needed))
+                checked.append(self._pair(pair, soft_prompt_needed, low))
         return checked
 
-    def _pair(self, pair: pb.Pair, soft_prompt_needed: bool) -> CheckedPair:
+    def _pair(self, pair: pb.Pair, soft_prompt_needed: bool, low_priority: bool) -> CheckedPair:
         if soft_prompt_needed and not pair.HasField("soft_prompt"):
             raise WireError(Reason.MISSING_FIELD, "soft_prompt")
         if not pair.HasField("target"):
@@ -115,7 +121,7 @@ class RequestChecker:
             target = self._prompts.target(pair.target)
         sequence, applied = self._input(pair)
         self._context("prompt", len(sequence) + len(target))
-        return CheckedPair(PairRequest(sequence, target), applied)
+        return CheckedPair(PairRequest(sequence, target, low_priority=low_priority), applied)
 
     def _input(self, message: inference_pb2.GenerateRequest | pb.Pair) -> tuple[InputSequence, Applied | None]:
         """Prefix, soft prompt and prompt in the order that the placement says."""

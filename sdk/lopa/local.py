@@ -1,0 +1,214 @@
+"""What a persona does on this device, and what it says to a server: everything that both kinds of persona share, without I/O of its own.
+
+Legend: b examples, m soft-prompt rows, d hidden size of the foundation model (FM).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lopa.bundle import Bundle
+from lopa.cache import cached_bundle, check_model, fetch_bundle
+from lopa.control import TuneControl
+from lopa.encoder import PromptEncoder
+from lopa.errors import BundleError, FingerprintMismatch, Unavailable
+from lopa.examples import ExampleLike, as_examples, split, text_for_encoder
+from lopa.factors import Factors
+from lopa.folder import PersonaStore, Record, Version
+from lopa.protocol.flow import Flow, work
+from lopa.session import GenerationFlow, WireOptions
+from lopa.tuner import TuneJob, Tuner, encode_examples, pairs_with
+from lopa.tuning import TuneConfig, TuneOptions, TuneProgress, TuneReport
+from lopa.values import Dtype, Float32, PairScore, Placement, Prompt, Sampling
+
+if TYPE_CHECKING:
+    from lopa.session import Session
+
+
+class LocalPersona:
+    """One persona of a user's folder. What it reads from disk is always the latest completed state. Safe between threads."""
+
+    def __init__(self, store: PersonaStore, encoder: PromptEncoder | None, session: Session | None) -> None:
+        """Use `Client.personal` or `open_personal`. Without a session it works offline; without an encoder only the files can be read."""
+        self._store = store
+        self._encoder = encoder
+        self._session = session
+
+    @property
+    def name(self) -> str:
+        return self._store.name
+
+    @property
+    def path(self) -> Path:
+        """The user's folder."""
+        return self._store.root
+
+    @property
+    def record(self) -> Record:
+        """What the persona belongs to, and its versions."""
+        return self._store.record()
+
+    @property
+    def version(self) -> int:
+        """The current version of the factors; 1 holds the bundle's starting values."""
+        return self.record.current
+
+    @property
+    def bundle_id(self) -> str:
+        """The bundle that the factors belong to."""
+        return self.record.bundle_id
+
+    @property
+    def placement(self) -> Placement:
+        """Where the current factors' soft prompt stands by default: as they were tuned."""
+        return self.record.placement
+
+    @property
+    def factors(self) -> Factors:
+        """The current factors.
+
+        Raises:
+            FactorsError: the file is damaged.
+        """
+        return self._store.factors(self.record)
+
+    @property
+    def factors_path(self) -> Path:
+        """The current factors file."""
+        return self._store.factors_path(self.version)
+
+    @property
+    def factor_bytes(self) -> int:
+        """Size of the current factors file on disk."""
+        return self.factors_path.stat().st_size
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether an interrupted tuning run waits to be resumed."""
+        return self._store.tuning_path.exists()
+
+    def discard_unfinished(self) -> None:
+        """Forget an interrupted tuning run.
+
+        Raises:
+            FolderError: it is running now.
+        """
+        with self._store.lock():
+            self._store.tuning_path.unlink(missing_ok=True)
+
+    def history(self) -> tuple[Version, ...]:
+        """Every version kept, oldest first."""
+        return self.record.versions
+
+    def rollback(self, version: int) -> Version:
+        """Make another version the current one; nothing is lost.
+
+        Raises:
+            FolderError: no such version, or the persona is being tuned. FactorsError: its file is damaged.
+        """
+        return self._store.rollback(version)
+
+    def soft_prompts(self, texts: Sequence[str], *, factors: Factors | None = None) -> Float32:
+        """Soft prompts for texts, with the current factors or the ones given: (b, m, d). Works offline.
+
+        Raises:
+            BundleError: the bundle is not on this device. FingerprintMismatch: factors of another bundle.
+        """
+        encoder = self._need_encoder()
+        return encoder.compose(encoder.encode(texts), self._tensors(factors).tensors)
+
+    def _generating(
+        self, prompt: Prompt, sampling: Sampling, *, encoder_text: str | None, prefix: str | Sequence[int] | None, wire: PersonalWire
+    ) -> Flow[GenerationFlow]:
+        session = self._need_session()
+        soft = yield from work(lambda: self.soft_prompts([text_for_encoder(prompt, encoder_text, prefix)])[0])
+        options = wire.resolved(self.placement)
+        return (yield from session.open_generation(prompt, sampling, prefix=prefix, soft_prompt=soft, wire=options))
+
+    def _scoring(self, examples: Iterable[ExampleLike], factors: Factors | None, wire: PersonalWire) -> Flow[list[PairScore]]:
+        session, encoder, items = self._need_session(), self._need_encoder(), as_examples(examples)
+        if not items:
+            return []
+        tensors = self._tensors(factors).tensors
+        encoded = yield from work(lambda: encode_examples(encoder, items))
+        soft = yield from work(lambda: encoder.compose(encoded.instance, tensors))
+        return (yield from session.score(pairs_with(encoded, soft), wire.resolved(self.placement)))
+
+    def _tuning(
+        self,
+        examples: Iterable[ExampleLike],
+        validation: float | Iterable[ExampleLike] | None,
+        config: TuneConfig | None,
+        on_step: Callable[[TuneProgress], None] | None,
+        control: TuneControl | None,
+        options: TuneOptions,
+    ) -> Flow[TuneReport]:
+        session, encoder, control = self._need_session(), self._need_encoder(), control or TuneControl()
+        if config is None:
+            config = TuneConfig.for_bundle(encoder.bundle.manifest, **options)
+        elif options:
+            raise TypeError(f"give either config or keywords, not both: {', '.join(options)}")
+        training, held = split(as_examples(examples), validation, config.seed)
+        job = TuneJob(config, training, held, on_step or (lambda _: None), control)
+        with self._store.lock():
+            return (yield from Tuner(session.metered(control.stop), encoder, self._store, job).run())
+
+    def _tensors(self, factors: Factors | None) -> Factors:
+        factors = factors or self.factors
+        if factors.bundle_id != self._need_encoder().bundle.manifest.id:
+            raise FingerprintMismatch(
+                f"these factors belong to bundle {factors.bundle_id[:12]}, the persona to {self._need_encoder().bundle.manifest.id[:12]}"
+            )
+        return factors
+
+    def _need_session(self) -> Session:
+        if self._session is None:
+            raise Unavailable("this persona was opened offline; open it with `lopa.connect(...).personal(...)` to reach a server")
+        return self._session
+
+    def _need_encoder(self) -> PromptEncoder:
+        if self._encoder is None:
+            raise BundleError(f"bundle {self.bundle_id[:12]} is not on this device; open the persona with a connection once to fetch it")
+        return self._encoder
+
+
+class PersonalWire:
+    """Wire options whose placement may be left to the persona."""
+
+    def __init__(self, dtype: Dtype, placement: Placement | None, timeout: float | None = None) -> None:
+        self._options, self._placement = WireOptions(dtype=dtype, timeout=timeout), placement
+
+    def resolved(self, default: Placement) -> WireOptions:
+        return replace(self._options, placement=self._placement or default)
+
+
+def opened(
+    session: Session, path: Path | str, persona: str, *, bundle: Bundle | None, progress: Callable[[int, int], None] | None
+) -> Flow[tuple[PersonaStore, PromptEncoder]]:
+    """What `Client.personal` does: the persona's files and its encoder."""
+    store, model = PersonaStore(path, persona), (yield from session.model())
+    if not store.exists:
+        chosen = bundle or (yield from fetch_bundle(session, progress=progress))
+        check_model(chosen, model)
+        yield from work(lambda: store.create(chosen))
+    record = store.record()
+    if record.fm_fingerprint != model.fingerprint:
+        raise FingerprintMismatch(
+            f"persona {persona} was tuned for {record.fm_name} ({record.fm_fingerprint[:12]}); the server hosts {model.name} "
+            f"({model.fingerprint[:12]}): choose another persona name to start one for this model"
+        )
+    if bundle is None:
+        bundle = yield from work(lambda: cached_bundle(record.bundle_id, session.config.cache))
+    if bundle is None and model.bundle_id == record.bundle_id:
+        bundle = yield from fetch_bundle(session, progress=progress)
+    if bundle is None or bundle.manifest.id != record.bundle_id:
+        other = model.bundle_id if bundle is None else bundle.manifest.id
+        raise FingerprintMismatch(
+            f"persona {persona} belongs to bundle {record.bundle_id[:12]}, which is not here; {other[:12] or 'no bundle'} is: "
+            "choose another persona name to start one for that bundle"
+        )
+    check_model(bundle, model)
+    return store, session.encoder(bundle)
