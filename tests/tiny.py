@@ -46,10 +46,11 @@ def _config(family: str, hidden: int, layers: int, vocab: int, context: int) -> 
     grouped = {**common, "num_key_value_heads": max(1, heads // 2)}
     builders = {
         "llama": lambda: hf.LlamaConfig(**grouped, tie_word_embeddings=True),
-        "mistral": lambda: hf.MistralConfig(**grouped, sliding_window=None),
+        "mistral": lambda: hf.MistralConfig(**grouped, sliding_window=24),
         "qwen2": lambda: hf.Qwen2Config(**grouped),
         "qwen3": lambda: hf.Qwen3Config(**grouped, head_dim=8),
         "gemma": lambda: hf.GemmaConfig(**grouped, head_dim=8),
+        "gemma2": lambda: hf.Gemma2Config(**grouped, head_dim=8, sliding_window=16, layer_types=_mixed(layers)),
         "gemma3": lambda: hf.Gemma3TextConfig(**grouped, head_dim=8, sliding_window=16, layer_types=_mixed(layers)),
         "phi": lambda: hf.PhiConfig(**common),
         "gpt_neox": lambda: hf.GPTNeoXConfig(**common),
@@ -95,7 +96,8 @@ def build_tiny_fm(
 ) -> Path:
     """Write a model, its configuration and its tokenizer to `folder`; the same arguments always give the same weights.
 
-    family: llama, mistral, qwen2, qwen3, gemma, gemma3 (every other layer with a sliding window of 16), phi, gpt_neox, gpt2 or opt.
+    family: llama, mistral (sliding windows of 24), qwen2, qwen3, gemma, gemma2 and gemma3 (every other layer with a sliding
+    window of 16), phi, gpt_neox, gpt2 or opt.
     hidden: d, a multiple of 8. vocab: at least 258 (256 bytes and two special tokens).
     Weights are scaled so that different soft prompts give clearly different texts.
     """

@@ -46,8 +46,13 @@ class ServerConfig:
     """Calls of every kind at the same time, so that their requests can't fill the memory: gRPC refuses more with
     RESOURCE_EXHAUSTED. None: 1024, or twice what max_batch and max_waiting allow where that is more."""
     step_positions: int | None = None
-    """Positions in one micro-batch of pairs, and half as many as in one prefill step: more is faster, less lets others in
-    sooner. None: what suits the device."""
+    """Positions in one step of streams or one micro-batch of pairs: more is faster, less lets others in sooner. None: what
+    suits the device."""
+    block_size: int = 8
+    """Positions in one block of the key-value pool."""
+    kv_memory_mib: int | None = None
+    """MiB for the key-value pool and the prefix cache in it; one full context at least. None: 40 % of the free memory, on
+    a CPU 4 GiB at most."""
     limits: ServiceLimits = field(default_factory=ServiceLimits)
     drain_seconds: float = 30.0
     """How long running calls may take to finish after SIGTERM."""
@@ -63,7 +68,16 @@ class ServerConfig:
         """Raises ConfigError for values that can't work."""
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}; it must be from 0 to 65535")
-        for name in ("max_batch", "max_waiting", "max_waiting_pairs", "max_calls", "step_positions", "threads"):
+        for name in (
+            "max_batch",
+            "max_waiting",
+            "max_waiting_pairs",
+            "max_calls",
+            "step_positions",
+            "block_size",
+            "kv_memory_mib",
+            "threads",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")

@@ -17,11 +17,12 @@ from lopa_server.engine.torch_engine.engine import TorchEngine
 Result = TypeVar("Result")
 
 
-def load(fm: Path, *, prefill_positions: int | None = None, **fields: Any) -> TorchEngine:
-    """An engine of one thread. prefill_positions: small values make long prompts come in several pieces."""
-    engine_fields = {name: fields.pop(name) for name in ("max_waiting", "max_waiting_pairs", "dtype") if name in fields}
-    step = None if prefill_positions is None else prefill_positions // 2
-    return TorchEngine.load(TorchEngineConfig(str(fm), threads=1, limits=SchedulerLimits(**fields), step_positions=step, **engine_fields))
+def load(fm: Path, *, kv_positions: int = 1 << 15, **fields: Any) -> TorchEngine:
+    """An engine of one thread. step_positions: small values make long prompts come in several pieces."""
+    names = ("max_waiting", "max_waiting_pairs", "dtype", "step_positions")
+    engine_fields = {name: fields.pop(name) for name in names if name in fields}
+    limits = SchedulerLimits(kv_positions=kv_positions, **fields)
+    return TorchEngine.load(TorchEngineConfig(str(fm), threads=1, limits=limits, **engine_fields))
 
 
 def run(engine: TorchEngine, scenario: Callable[[TorchEngine], Awaitable[Result]]) -> Result:

@@ -33,7 +33,7 @@ def test_values_that_are_not_numbers_stay_in_their_row(tiny_fm: Path) -> None:
             assert [(await task).tokens for task in beside] == [output.tokens for output in alone]
         again = await asyncio.gather(*(collect(engine, request) for request in requests))
         assert [output.tokens for output in again] == [output.tokens for output in alone]
-        assert engine.stats().failed == 3 and engine.stats().slots_used == 0
+        assert engine.stats().failed == 3 and engine.stats().blocks_used == 0
 
     run(load(tiny_fm), scenario)
 
@@ -71,7 +71,7 @@ def test_rows_of_aborted_requests_are_reused_cleanly(tiny_fm: Path) -> None:
             assert [output.tokens for output in mixed[:6]] == [output.tokens for output in alone]
         await engine.score([pair(0)])
         stats = engine.stats()
-        assert (stats.slots_used, stats.running, stats.waiting) == (0, 0, 0)
+        assert (stats.blocks_used, stats.running, stats.waiting) == (0, 0, 0)
         assert stats.aborted == 16
 
     run(load(tiny_fm, max_batch=5), scenario)
@@ -105,6 +105,42 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(tiny_fm: Path) -> None:
         assert len((await collect(engine, stream("late", 9))).tokens) == 16
 
     run(load(tiny_fm, max_batch=1, max_waiting=2, max_waiting_pairs=4), scenario)
+
+
+def test_a_step_that_raises_fails_its_own_requests_and_the_engine_goes_on(tiny_fm: Path) -> None:
+    requests = [stream(f"r{seed}", seed, tokens=20, before=16, max_tokens=12) for seed in range(4)]
+    pairs = [pair(seed, tokens=20, before=16) for seed in range(3)]
+    engine = load(tiny_fm, max_batch=4)
+    faults: list[bool] = []
+
+    def fail(*_: object) -> None:
+        if faults:
+            faults.pop()
+            raise RuntimeError("a fault from outside")
+
+    engine._fm.model.get_output_embeddings().register_forward_pre_hook(fail)
+
+    async def scenario(engine: TorchEngine) -> None:
+        alone = [await collect(engine, dataclasses.replace(request, cache_salt=request.id.encode())) for request in requests]
+        gradients = await engine.prompt_gradients(pairs)
+        for turn in range(3):
+            salt = b"turn %d" % turn
+            faults.append(True)
+            lost = [collect(engine, dataclasses.replace(request, cache_salt=salt)) for request in requests]
+            results = await asyncio.gather(*lost, return_exceptions=True)
+            failed = [one for one in results if isinstance(one, EngineFailed)]
+            assert failed and all("a fault from outside" in str(one) for one in failed)
+            kept = [(one, two) for one, two in zip(alone, results, strict=True) if not isinstance(two, EngineFailed)]
+            assert all(one.tokens == two.tokens for one, two in kept)
+            assert (await collect(engine, dataclasses.replace(requests[0], cache_salt=salt))).tokens == alone[0].tokens
+            faults.append(True)
+            with pytest.raises(EngineFailed):
+                await engine.prompt_gradients([dataclasses.replace(one, cache_salt=salt) for one in pairs])
+            again = await engine.prompt_gradients([dataclasses.replace(one, cache_salt=salt) for one in pairs])
+            np.testing.assert_allclose(again[0].gradient, gradients[0].gradient, rtol=1e-4, atol=1e-6)
+            assert engine.stats().blocks_used == 0
+
+    run(engine, scenario)
 
 
 def test_stopping_tells_everybody(tiny_fm: Path) -> None:

@@ -33,7 +33,7 @@ def _until_free(server: RunningServer, client: Client) -> None:
     """A call that takes the engine through a step, until the batch is empty: no clock, but an end."""
     for _ in range(200):
         client.inference.Score(inference_pb2.ScoreRequest(pairs=[pair()]))
-        if server.app.engine.stats().slots_used == 0:
+        if server.app.engine.stats().blocks_used == 0:
             return
     raise AssertionError("the row was never freed")
 
@@ -42,7 +42,7 @@ def test_a_client_that_leaves_frees_its_row(server: RunningServer, client: Clien
     made = server.app.engine.stats().generated_tokens
     call = client.inference.Generate(LONG)
     next(call)
-    assert server.app.engine.stats().slots_used == 1
+    assert server.app.engine.stats().running == 1
     call.cancel()
     _until_free(server, client)
     assert server.app.engine.stats().generated_tokens - made < 480

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from lopa_server.engine.torch_engine.engine import TorchEngine
 from tests.server.engines import Output, collect, load, run, stream
 from tests.tiny import build_tiny_fm
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3", "phi", "gpt_neox", "gpt2", "opt")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi", "gpt_neox", "gpt2", "opt")
 
 
 def _requests(count: int, **sampling: object) -> list[GenerateRequest]:
@@ -70,7 +71,7 @@ def test_32_requests_get_what_each_gets_alone(tiny_fm: Path) -> None:
         assert shared < steps / 4, "the requests did not share their steps"
         _check(alone, list(together))
         _check(alone, await _joining(engine, requests))
-        assert engine.stats().slots_used == 0
+        assert engine.stats().blocks_used == 0
 
     run(load(tiny_fm), scenario)
 
@@ -78,7 +79,7 @@ def test_32_requests_get_what_each_gets_alone(tiny_fm: Path) -> None:
 def test_prompts_read_in_pieces_and_a_small_batch_change_nothing(tiny_fm: Path) -> None:
     requests = _requests(16)
     whole = run(load(tiny_fm), lambda engine: _one_by_one(engine, requests))
-    engine = load(tiny_fm, prefill_positions=14, max_batch=5)
+    engine = load(tiny_fm, step_positions=14, max_batch=5)
     pieces = run(engine, lambda engine: _joining(engine, requests))
     _check(whole, pieces)
 
@@ -92,7 +93,7 @@ def test_every_family_mixes_exactly(family: str, tmp_path: Path) -> None:
         alone = await _one_by_one(engine, requests)
         _check(alone, list(await asyncio.gather(*(collect(engine, request) for request in requests))))
 
-    run(load(fm, prefill_positions=24), scenario)
+    run(load(fm, step_positions=24), scenario)
 
 
 def test_a_seed_means_the_same_in_any_batch(tiny_fm: Path) -> None:
@@ -106,6 +107,33 @@ def test_a_seed_means_the_same_in_any_batch(tiny_fm: Path) -> None:
         assert other.tokens != alone[12].tokens
 
     run(load(tiny_fm), scenario)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_arrivals_pieces_preemptions_and_prefix_hits_change_nothing(tiny_fm: Path, seed: int) -> None:
+    """Requests that share prefixes, in any order, over a pool that holds a few of them only."""
+    random = np.random.default_rng(seed)
+    requests = []
+    for index in range(24):
+        family, before = int(random.integers(3)), int(random.choice([0, 8, 21, 40]))
+        request = stream(f"r{index}", family, tokens=44, rows=6, before=before, max_tokens=int(random.integers(2, 60)), logprobs=0)
+        after = request.input.after[: int(random.integers(1, 5))]
+        requests.append(dataclasses.replace(request, input=dataclasses.replace(request.input, after=after)))
+    fresh = load(tiny_fm, kv_positions=512)
+    alone = run(fresh, lambda engine: _one_by_one(engine, [dataclasses.replace(one, cache_salt=one.id.encode()) for one in requests]))
+    assert fresh.stats().prefix_hit_tokens == 0 == fresh.stats().preemptions
+    order = random.permutation(len(requests)).tolist()
+
+    async def scenario(engine: TorchEngine) -> None:
+        shuffled = [requests[index] for index in order]
+        together = await asyncio.gather(*(collect(engine, request) for request in shuffled))
+        _check([alone[index] for index in order], list(together))
+        joining = await _joining(engine, shuffled)
+        _check([alone[index] for index in order], joining)
+        stats = engine.stats()
+        assert stats.prefix_hit_tokens > 100 and stats.preemptions > 0 and stats.blocks_used == 0
+
+    run(load(tiny_fm, kv_positions=512, step_positions=int(random.integers(10, 60)), max_batch=12), scenario)
 
 
 def test_greedy_text_is_what_transformers_generates(tiny_fm: Path) -> None:

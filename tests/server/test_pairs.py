@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from lopa_server.engine.base import PairRequest, PairResult
+from lopa_server.engine.base import InputSequence, PairRequest, PairResult
 from lopa_server.engine.torch_engine.engine import TorchEngine
 from transformers import AutoModelForCausalLM
 
 from tests.server.engines import collect, load, pair, run, stream
 from tests.tiny import build_tiny_fm
 
-FAMILIES = ("llama", "qwen2", "gemma", "gemma3", "gpt2", "opt")
+FAMILIES = ("llama", "qwen2", "gemma2", "gemma3", "gpt2", "opt")
 
 
 def _autograd(model: torch.nn.Module, request: PairRequest) -> tuple[float, np.ndarray | None]:
@@ -94,6 +95,33 @@ def test_scores_are_the_loss_of_transformers(tiny_fm: Path) -> None:
     for request, result in zip(pairs, results, strict=True):
         assert result.gradient is None
         assert result.nll_sum == pytest.approx(_autograd(model, request)[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ("llama", "gemma3", "gpt2"))
+def test_a_prefix_that_was_seen_before_changes_nothing_and_is_not_computed_again(family: str, tmp_path: Path) -> None:
+    fm = build_tiny_fm(tmp_path, family=family)
+    model = AutoModelForCausalLM.from_pretrained(fm)
+    texts = [pair(seed, rows=0, tokens=40 + seed, targets=4) for seed in range(8)]
+
+    def with_soft(text: PairRequest, seed: int) -> PairRequest:
+        ids, soft = text.input.after, pair(seed, rows=5).input.soft
+        return PairRequest(InputSequence(ids[:-2], soft, ids[-2:]), text.target, cache_salt=b"one tenant")
+
+    async def scenario(engine: TorchEngine) -> None:
+        for epoch in range(3):
+            pairs = [with_soft(text, 100 * epoch + seed) for seed, text in enumerate(texts)]
+            results, scores = await engine.prompt_gradients(pairs), await engine.score(pairs)
+            for request, result, score in zip(pairs, results, scores, strict=True):
+                nll, gradient = _autograd(model, request)
+                assert result.nll_sum == pytest.approx(nll, rel=1e-5) == score.nll_sum
+                _close(result.gradient, gradient)
+        stats = engine.stats()
+        assert stats.pair_prefix_tokens == sum(len(text.input.after) - 2 for text in texts), "a prefix was computed twice"
+        assert stats.pair_prefix_hit_tokens == 5 * stats.pair_prefix_tokens and stats.blocks_used == 0 == stats.pairs_whole
+        await engine.score([dataclasses.replace(pairs[0], cache_salt=b"another tenant")])
+        assert engine.stats().pair_prefix_tokens == stats.pair_prefix_tokens + len(texts[0].input.after) - 2
+
+    run(load(fm), scenario)
 
 
 def test_decoding_goes_on_beside_gradients(tiny_fm: Path) -> None:

@@ -205,7 +205,6 @@ class EngineStats:
     running: int = 0
     """Rows in the batch."""
     pairs_waiting: int = 0
-    slots_used: int = 0
     generated_tokens: int = 0
     decode_steps: int = 0
     prefill_tokens: int = 0
@@ -228,6 +227,8 @@ class EngineStats:
     """The same for pairs."""
     pair_prefix_tokens: int = 0
     """Prefix positions of pairs that were computed, without a gradient."""
+    pairs_whole: int = 0
+    """Pairs with a prefix that were computed whole, since the pool had no room for it."""
     preemptions: int = 0
     """Requests that lost their blocks to another one and were computed again."""
     steps: int = 0

@@ -1,24 +1,28 @@
-"""What the engine computes next. Policy only: it sees lengths and names, never a tensor, and is tested without a model.
+"""What the engine computes next. Policy only: it sees lengths, names and block numbers, never a tensor.
 
-Three kinds of step:
+Two kinds of step:
 
-- **prefill**: read a piece of some prompts; a long prompt is read in several pieces, so that decoding goes on between them.
-- **decode**: one token for every row of the batch.
-- **pairs**: one bounded micro-batch of likelihoods, with or without gradients, of similar length, from any number of calls.
+- **tokens**: one forward pass for streams. Every decoding row reads one position; what is left of the step's budget
+  reads pieces of prompts, so that a long prompt never stops the others.
+- **pairs**: one bounded micro-batch of likelihoods (see `pair_queue`).
 
-Interactive work (prefill, decode) goes first but no work starves: when both kinds are waiting, interactive work gets
-`interactive_share` of the time, measured, and a single row never waits longer than one micro-batch.
+Blocks are handed out as sequences grow. When the pool is empty, the request that came last gives all its blocks back and
+is computed again later: admitted work never fails for want of room.
+
+Interactive work goes first but no work starves: when both kinds are waiting, interactive work gets `interactive_share` of
+the time, measured, and a single row never waits longer than one micro-batch.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-Name = TypeVar("Name")
+from lopa_server.engine.block_manager import BlockManager
+from lopa_server.engine.pair_queue import PairCost, PairKind, PairQueue, PairStep
+from lopa_server.engine.sequences import SequenceState
+from lopa_server.engine.waiting import ArrivalOrder, WaitingQueue, WaitingRequest
 
 
 @dataclass(frozen=True)
@@ -26,11 +30,13 @@ class SchedulerLimits:
     """Bounds on one step and on what is in memory."""
 
     max_batch: int = 32
-    """Rows that read or decode at the same time."""
+    """Streams that read or decode at the same time."""
+    block_size: int = 8
+    """Positions in one block of the pool: small, so that little of a sequence's last block is empty."""
     kv_positions: int = 1 << 20
-    """Positions of the key-value cache: rows times the longest row's reservation stays within it."""
-    prefill_positions: int = 2048
-    """Positions in one prefill step, padding included."""
+    """Positions of the pool."""
+    step_positions: int = 512
+    """Positions in one step of streams."""
     pair_positions: int = 2048
     """Positions in one micro-batch of pairs, padding included; one pair alone may exceed it."""
     pair_targets: int = 1 << 14
@@ -40,118 +46,108 @@ class SchedulerLimits:
     interactive_share: float = 0.5
     """Interactive work's part of the time while pairs are waiting too; above 0, below 1."""
 
-
-class PairKind(Enum):
-    SCORE = "score"
-    GRADIENTS = "gradients"
-
-
-@dataclass(frozen=True)
-class PairCost:
-    """What a pair needs: positions in all, and targets among them."""
-
-    positions: int
-    targets: int
+    @property
+    def blocks(self) -> int:
+        """Blocks of the pool."""
+        return max(1, self.kv_positions // self.block_size)
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Positions start..start+count of a request's input; `last`: then it starts to decode."""
+class TokenRow:
+    """Positions start..start+count of one stream; `samples`: they are its last ones, and a token is chosen after them."""
 
-    id: str
+    sequence: SequenceState
     start: int
     count: int
-    last: bool
+    samples: bool
 
 
 @dataclass(frozen=True)
-class PrefillStep:
-    chunks: tuple[Chunk, ...]
-    admitted: tuple[str, ...]
-    """Requests that got their place in the batch with this step, in order."""
+class TokenStep:
+    """One forward pass for streams."""
+
+    rows: tuple[TokenRow, ...]
 
 
-@dataclass(frozen=True)
-class DecodeStep:
-    """One token for every decoding row."""
-
-
-@dataclass(frozen=True)
-class PairStep:
-    """pairs: (job id, index in the job)."""
-
-    kind: PairKind
-    pairs: tuple[tuple[str, int], ...]
-
-
-Step = PrefillStep | DecodeStep | PairStep
-
-
-@dataclass
-class _Stream:
-    length: int
-    reserve: int
-    read: int = 0
-
-
-@dataclass
-class _Job:
-    kind: PairKind
-    costs: Sequence[PairCost]
-    pending: deque[int] = field(default_factory=deque)
+Step = TokenStep | PairStep
 
 
 class Scheduler:
     """Keeps what is waiting and running, and names the next step."""
 
-    def __init__(self, limits: SchedulerLimits) -> None:
+    def __init__(self, limits: SchedulerLimits, waiting: WaitingQueue | None = None) -> None:
         self._limits = limits
-        self._waiting: dict[str, _Stream] = {}
-        self._reading: dict[str, _Stream] = {}
-        self._decoding: dict[str, _Stream] = {}
-        self._jobs: dict[str, _Job] = {}
+        self.blocks = BlockManager(limits.blocks, limits.block_size)
+        self._queue: WaitingQueue = ArrivalOrder() if waiting is None else waiting
+        self._known: dict[str, SequenceState] = {}
+        """Everything that is not finished, by id."""
+        self._running: dict[str, SequenceState] = {}
+        """In order of admission."""
+        self._preempted: deque[SequenceState] = deque()
+        """They go before everybody who waits, the one that came first in front."""
+        self._pairs = PairQueue(positions=limits.pair_positions, targets=limits.pair_targets, similar=limits.similar)
         self._interactive_credit = 0.0
         """Seconds that interactive work may still take before pairs have their turn."""
-        self._prefilled_last = False
+        self.preemptions = 0
+        self.hit_tokens = 0
+        """Prompt positions that the prefix cache spared."""
 
     @property
     def waiting(self) -> int:
         """Generate requests without a place in the batch."""
-        return len(self._waiting)
+        return len(self._queue) + len(self._preempted)
 
     @property
     def running(self) -> int:
         """Rows in the batch, reading or decoding."""
-        return len(self._reading) + len(self._decoding)
+        return len(self._running)
 
     @property
     def pairs_waiting(self) -> int:
-        return sum(len(job.pending) for job in self._jobs.values())
+        return len(self._pairs)
 
-    def add(self, request_id: str, length: int, reserve: int) -> None:
-        """A request of `length` input positions that may grow to `reserve` positions."""
-        self._waiting[request_id] = _Stream(length, reserve)
+    @property
+    def pairs_whole(self) -> int:
+        """Pairs with a prefix that were computed whole, since the pool had no room for it."""
+        return self._pairs.whole
+
+    @property
+    def kv_positions(self) -> int:
+        """Positions that hold something in the blocks used."""
+        size = self._limits.block_size
+        return self.blocks.used * size - sum(len(row.table) * size - row.computed for row in self._running.values())
+
+    def add(self, sequence: SequenceState) -> None:
+        """A request that has just arrived."""
+        self._known[sequence.id] = sequence
+        self._queue.push(WaitingRequest(sequence.id, sequence.tenant, len(sequence.content), sequence.max_tokens))
 
     def add_pairs(self, job_id: str, kind: PairKind, costs: Sequence[PairCost]) -> None:
         """A call's pairs; they are computed in any order and grouping."""
-        self._jobs[job_id] = _Job(kind, costs, deque(range(len(costs))))
+        self._pairs.add(job_id, kind, costs)
 
-    def remove(self, request_id: str) -> None:
-        """Forget a request or job in any state; unknown ids are ignored."""
-        for table in (self._waiting, self._reading, self._decoding, self._jobs):
-            table.pop(request_id, None)
+    def remove(self, name: str, *, reliable: bool = True) -> None:
+        """Forget a request or call in any state; its blocks are free at once. Unknown ids are ignored.
+
+        reliable: whether what it computed may serve others as a prefix.
+        """
+        self._pairs.remove(name)
+        sequence = self._known.pop(name, None)
+        if sequence is None:
+            return
+        if not reliable:
+            self.blocks.withdraw(sequence.table)
+        sequence.leave(self.blocks)
+        if self._running.pop(name, None) is None:
+            self._queue.remove(name)
+            self._preempted = deque(other for other in self._preempted if other is not sequence)
 
     def next_step(self) -> Step | None:
-        """The next step, or None when there is nothing to do. What it names counts as taken."""
-        prefill_possible = bool(self._reading) or self._admissible()
-        interactive = prefill_possible or bool(self._decoding)
-        if self._jobs and (not interactive or self._interactive_credit <= 0):
-            return self._pair_step()
-        if prefill_possible and not (self._prefilled_last and self._decoding):
-            self._prefilled_last = True
-            return self._prefill_step()
-        self._prefilled_last = False
-        return DecodeStep() if self._decoding else None
+        """The next step, or None when there is nothing to do. What it names counts as computed."""
+        interactive = bool(self._known)
+        if self._pairs and (not interactive or self._interactive_credit <= 0):
+            return self._pairs.next_step(self.blocks)
+        return self._token_step() if interactive else None
 
     def record(self, step: Step, seconds: float) -> None:
         """Tell how long a step took: the basis of sharing time."""
@@ -161,95 +157,70 @@ class Scheduler:
         else:
             self._interactive_credit -= seconds
 
-    def _admissible(self) -> bool:
-        """Whether the first waiting request fits beside what is running."""
-        if not self._waiting:
-            return False
-        first = next(iter(self._waiting.values()))
-        return self._fits(first, self._running_streams())
+    def end_pairs(self, step: PairStep, *, reliable: bool = True) -> None:
+        """A micro-batch is over: its prefixes' blocks are free again. reliable: as in `remove`."""
+        for row in step.rows:
+            if not reliable:
+                self.blocks.withdraw(row.table[row.cached // self._limits.block_size :])
+            self.blocks.release(row.table)
 
-    def _running_streams(self) -> list[_Stream]:
-        return [*self._reading.values(), *self._decoding.values()]
-
-    def _fits(self, stream: _Stream, running: Sequence[_Stream]) -> bool:
-        if not running:
-            return True
-        rows = len(running) + 1
-        longest = max(stream.reserve, *(other.reserve for other in running))
-        return rows <= self._limits.max_batch and rows * longest <= self._limits.kv_positions
-
-    def _admit(self) -> list[str]:
-        """Give waiting requests a place in order of arrival, as long as they fit."""
-        admitted, running = [], self._running_streams()
-        for request_id, stream in list(self._waiting.items()):
-            if not self._fits(stream, running):
+    def _token_step(self) -> TokenStep:
+        rows: dict[str, TokenRow] = {}
+        budget = max(self._limits.step_positions, len(self._running) + 1)
+        preemptions = self.preemptions
+        for sequence in sorted(self._running.values(), key=lambda row: row.left > 1):
+            count = min(sequence.left, budget)
+            if count and sequence.id in self._running and self._make_room(sequence, sequence.computed + count, rows):
+                budget -= count
+                rows[sequence.id] = self._row(sequence, count)
+        while budget and self.preemptions == preemptions:
+            admitted = self._admit()
+            if admitted is None:
                 break
-            running.append(stream)
-            admitted.append(request_id)
-            self._reading[request_id] = self._waiting.pop(request_id)
-        return admitted
+            count = min(admitted.left, budget)
+            admitted.table += self.blocks.take(admitted.missing(self.blocks, admitted.computed + count))
+            budget -= count
+            rows[admitted.id] = self._row(admitted, count)
+        return TokenStep(tuple(rows.values()))
 
-    def _prefill_step(self) -> PrefillStep:
-        admitted = self._admit()
-        left = {name: stream.length - stream.read for name, stream in self._reading.items()}
-        budget = self._limits.prefill_positions
-        anchor = next(iter(left))
-        if left[anchor] >= budget:
-            chosen = [anchor]
+    def _row(self, sequence: SequenceState, count: int) -> TokenRow:
+        row = TokenRow(sequence, sequence.computed, count, samples=count == sequence.left)
+        self._queue.charge(sequence.tenant, prompt_tokens=sequence.unpaid(count), generated_tokens=int(row.samples))
+        sequence.advance(self.blocks, count)
+        return row
+
+    def _make_room(self, sequence: SequenceState, end: int, rows: dict[str, TokenRow]) -> bool:
+        """Blocks for a running sequence up to `end`, if need be from those who came last. False: it lost its own."""
+        missing = sequence.missing(self.blocks, end)
+        while missing > self.blocks.free:
+            victim = next(other for other in reversed(self._running.values()) if other.id not in rows)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.table += self.blocks.take(missing)
+        return True
+
+    def _preempt(self, sequence: SequenceState) -> None:
+        self.preemptions += 1
+        sequence.leave(self.blocks)
+        del self._running[sequence.id]
+        self._preempted.appendleft(sequence)
+
+    def _admit(self) -> SequenceState | None:
+        """Give the next waiting request a place, if all that is known of it fits beside one more block for each row."""
+        name = self._preempted[0].id if self._preempted else self._queue.peek()
+        if name is None or len(self._running) >= self._limits.max_batch:
+            return None
+        sequence = self._known[name]
+        found = self.blocks.find(sequence.content.keys(len(sequence.content) - 1))
+        needed = sequence.missing(self.blocks, len(sequence.content)) - len(found) + self.blocks.idle(found)
+        promised = sum(row.missing(self.blocks, len(row.content)) + 1 for row in self._running.values())
+        if self._running and needed + promised > self.blocks.free:
+            return None
+        if self._preempted:
+            self._preempted.popleft()
         else:
-            fresh = self._reading[anchor].read == 0
-            fellows = [name for name in left if (self._reading[name].read == 0) == fresh]
-            chosen = _similar([(name, left[name]) for name in fellows], anchor, budget, self._limits.similar)
-        chunks = []
-        for name in chosen:
-            stream, count = self._reading[name], min(left[name], budget)
-            chunks.append(Chunk(name, stream.read, count, last=count == left[name]))
-            stream.read += count
-            if chunks[-1].last:
-                self._decoding[name] = self._reading.pop(name)
-        return PrefillStep(tuple(chunks), tuple(admitted))
-
-    def _pair_step(self) -> PairStep:
-        """The oldest job's next pair, and pairs of similar length from every job of its kind."""
-        first_id, first = next(iter(self._jobs.items()))
-        jobs = {name: job for name, job in self._jobs.items() if job.kind is first.kind}
-        lengths = [((name, index), job.costs[index].positions) for name, job in jobs.items() for index in job.pending]
-        chosen = _similar(lengths, (first_id, first.pending[0]), self._limits.pair_positions, self._limits.similar)
-        chosen = self._within_targets(chosen)
-        for name, index in chosen:
-            jobs[name].pending.remove(index)
-            if not jobs[name].pending:
-                del self._jobs[name]
-        self._rotate(first_id)
-        return PairStep(first.kind, tuple(chosen))
-
-    def _within_targets(self, pairs: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
-        """The first pairs whose target tokens stay within the limit; at least one."""
-        total = 0
-        kept: list[tuple[str, int]] = []
-        for name, index in pairs:
-            total += self._jobs[name].costs[index].targets
-            if kept and total > self._limits.pair_targets:
-                break
-            kept.append((name, index))
-        return kept
-
-    def _rotate(self, job_id: str) -> None:
-        """Let the next job lead the next micro-batch, so that a call with many pairs doesn't hold up the others."""
-        job = self._jobs.pop(job_id, None)
-        if job is not None:
-            self._jobs[job_id] = job
-
-
-def _similar(lengths: Iterable[tuple[Name, int]], anchor: Name, budget: int, similar: float) -> list[Name]:
-    """The anchor and the entries closest to its length, while count times the longest stays within the budget."""
-    table = dict(lengths)
-    size = table[anchor]
-    chosen, longest, shortest = [anchor], size, size
-    others = sorted((name for name in table if name != anchor), key=lambda name: abs(table[name] - size))
-    for name in others:
-        longest, shortest = max(longest, table[name]), min(shortest, table[name])
-        if longest * (len(chosen) + 1) > budget or shortest < similar * longest:
-            break
-        chosen.append(name)
-    return chosen
+            self._queue.pop()
+        self._running[name] = sequence
+        self.hit_tokens += sequence.adopt(self.blocks)
+        return sequence

@@ -1,20 +1,134 @@
-"""Attention for bfloat16 on a CPU: fused forward, plain matrix products where a gradient is wanted.
+"""Attention over the paged pool, plugged into transformers' attention interface: the models' own code stays as it is.
 
-Torch's fused attention has a backward pass for bfloat16 on CPUs that is many times slower than the products it fuses
-(measured here, 8 heads of 32, 140 positions: over half of a whole gradient step). Plain products use the CPU's bfloat16
-units; scores of a micro-batch's short sequences fit the memory easily.
+A step is one packed row of positions, (1, t), of many sequences. Sequences of like shape form a group, and a group is one
+call of torch's fused attention. Legend: b sequences of a group, q new positions of each (padded), l positions read,
+h heads, e head width.
+
+Torch's fused attention on CPUs has a backward pass for bfloat16 that is many times slower than the products it fuses, so
+plain products are used where a gradient is wanted there; and wherever a model caps its scores or has attention sinks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from torch.nn import functional
+from transformers import AttentionInterface
 
-NAME = "lopa_products_for_gradients"
+from lopa_server.engine.torch_engine.kv_pool import KvPool
+
+NAME = "lopa_paged"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Positions start..stop of the packed row: b sequences with up to q new positions each."""
+
+    start: int
+    stop: int
+    size: int
+    """b."""
+    padded: torch.Tensor | None
+    """(b * q,) int64 places within the group for a rectangle, each sequence's first place where it has fewer; None: it is one."""
+    real: torch.Tensor | None
+    """Places of that rectangle which are real, in packed order; None with padded."""
+    slots: torch.Tensor | None
+    """(b * l,) int64 slots to read, everything before and the new positions; None: nothing stands before."""
+    masks: Mapping[int, torch.Tensor | None]
+    """By window (0: full attention): additive (b, 1, q, l), or None where causal order alone is right."""
+
+
+@dataclass(frozen=True)
+class PackedStep:
+    """How one forward pass for streams reads and writes the pool."""
+
+    pool: KvPool
+    windows: Sequence[int]
+    """Of each layer; 0: full attention."""
+    write: torch.Tensor
+    """(t,) int64: the slot of each new position."""
+    groups: Sequence[Group]
+
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, score: Score) -> torch.Tensor:
+        """(1, h, t, e) queries, keys and values of the new positions to (1, t, h, e)."""
+        query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        self.pool.write(layer, self.write, key, value)
+        parts = [self._attend_group(group, layer, query, key, value, score) for group in self.groups]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
+
+    def _attend_group(
+        self, group: Group, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, score: Score
+    ) -> torch.Tensor:
+        mine = _rectangle(query, group)
+        if group.slots is None:
+            keys, values = _rectangle(key, group), _rectangle(value, group)
+        else:
+            read = self.pool.read(layer, group.slots)
+            keys, values = (tensor.view(group.size, -1, *tensor.shape[1:]).transpose(1, 2) for tensor in read)
+        out = score(mine, keys, values, group.masks[self.windows[layer]]).transpose(1, 2).flatten(0, 1)
+        return out if group.real is None else out.index_select(0, group.real)
+
+
+@dataclass(frozen=True)
+class PairsStep:
+    """How a micro-batch of pairs, (b, q) padded on the right, attends to itself and to prefixes in the pool."""
+
+    pool: KvPool
+    windows: Sequence[int]
+    slots: torch.Tensor | None
+    """(b * p,) int64 slots of the prefixes, padded on the right; None: there are none."""
+    masks: Mapping[int, torch.Tensor | None]
+    """By window: additive (b, 1, q, p + q), or None where causal order alone is right."""
+
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, score: Score) -> torch.Tensor:
+        """(b, h, q, e) queries, keys and values of the new positions to (b, q, h, e)."""
+        if self.slots is not None:
+            read = self.pool.read(layer, self.slots)
+            before = [tensor.view(len(key), -1, *tensor.shape[1:]).transpose(1, 2) for tensor in read]
+            key, value = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
+        return score(query, key, value, self.masks[self.windows[layer]]).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model does to its scores, beyond softmax."""
+
+    scaling: float
+    softcap: float | None
+    sinks: torch.Tensor | None
+    """(h,) logits that take weight from every row and give nothing."""
+
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """(b, h, q, e) queries over (b, key-value heads, l, e) keys and values: (b, h, q, e). mask: None for causal order."""
+        by_products = query.requires_grad and query.dtype == torch.bfloat16 and query.device.type == "cpu"
+        if by_products or self.softcap is not None or self.sinks is not None:
+            return self._products(query, key, value, mask)
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1 and query.shape[2] == 1 and mask is not None:
+            folded = query.view(query.shape[0], key.shape[1], groups, query.shape[3])
+            out = functional.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=self.scaling)
+            return out.reshape(query.shape[0], query.shape[1], 1, value.shape[3])
+        key, value = _repeat(key, groups), _repeat(value, groups)
+        return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scaling)
+
+    def _products(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        groups = query.shape[1] // key.shape[1]
+        key, value = _repeat(key, groups), _repeat(value, groups)
+        scores = torch.matmul(query, key.transpose(2, 3)) * self.scaling
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        if mask is None:
+            causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_()
+            scores = scores.masked_fill(~causal, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + mask
+        if self.sinks is not None:
+            scores = torch.cat([scores, self.sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+        return torch.matmul(weights[..., : key.shape[2]], value)
 
 
 def attention(
@@ -26,24 +140,31 @@ def attention(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: (b, heads, q, e) queries and (b, key-value heads, l, e) keys and values to (b, q, heads, e).
+    """transformers' attention interface: (b, h, q, e) to (b, q, h, e). The step says who may read what, in `paged_step`.
 
-    attention_mask: boolean, True where a position may be read; None: causal over the whole length.
+    Raises:
+        KeyError: the model doesn't hand the step through to its attention.
     """
-    if not query.requires_grad:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
-    groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    scores = torch.matmul(query, key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if attention_mask is None:
-        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_()
-    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), None
+    step: PackedStep | PairsStep = others["paged_step"]
+    score = Score(query.shape[-1] ** -0.5 if scaling is None else scaling, others.get("softcap"), others.get("s_aux"))
+    return step.attend(module.layer_idx, query, key, value, score), None
 
 
-def use_products_for_gradients(model: Any) -> None:
-    """Make a model that uses torch's fused attention use this one instead."""
+def register() -> None:
+    """Make the attention known to transformers under NAME; harmless when it is. No mask is registered: models make none then."""
     AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
+
+
+def _rectangle(packed: torch.Tensor, group: Group) -> torch.Tensor:
+    """A group's (positions, h, e) as (b, h, q, e)."""
+    mine = packed[group.start : group.stop]
+    if group.padded is not None:
+        mine = mine.index_select(0, group.padded)
+    return mine.unflatten(0, (group.size, -1)).transpose(1, 2)
+
+
+def _repeat(tensor: torch.Tensor, groups: int) -> torch.Tensor:
+    """(b, h, l, e) to (b, h * groups, l, e): every key-value head for the queries that share it."""
+    if groups == 1:
+        return tensor
+    return tensor[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2)

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 from lopa_server.engine.scheduler import SchedulerLimits
 
-STEP_POSITIONS = {"cpu": 1536, "cuda": 16384}
+STEP_POSITIONS = {"cpu": 512, "cuda": 8192}
+"""Of streams: a CPU is nearly as fast with so few as with more, and nobody waits long for the next token."""
+PAIR_POSITIONS = {"cpu": 1536, "cuda": 16384}
 """A CPU is as fast with a micro-batch of this size as with a larger one; a GPU needs more to be busy."""
 
 
@@ -24,10 +26,10 @@ class TorchEngineConfig:
     """CPU threads for torch. Default: torch's own choice."""
     limits: SchedulerLimits = field(default_factory=SchedulerLimits)
     step_positions: int | None = None
-    """Sets limits.pair_positions, and limits.prefill_positions to twice that. Default: STEP_POSITIONS of the device."""
+    """Sets limits.step_positions and limits.pair_positions. Default: STEP_POSITIONS and PAIR_POSITIONS of the device."""
+    kv_memory: int | None = None
+    """Bytes for the key-value pool. Default: 40 % of the free memory, on a CPU 4 GiB at most."""
     max_waiting: int = 256
     """Generate requests that may wait for a place in the batch."""
     max_waiting_pairs: int = 8192
     """Pairs of Score and PromptGradients that may wait."""
-    cache_part: float = 0.4
-    """Part of the free memory that the key-value cache may take."""

@@ -12,8 +12,9 @@ from collections.abc import AsyncGenerator, Sequence
 import torch
 
 from lopa_server.engine.base import Delta, EngineSpec, EngineStats, EngineStopped, GenerateRequest, PairRequest, PairResult, QueueFull
-from lopa_server.engine.scheduler import PairKind
-from lopa_server.engine.torch_engine.config import STEP_POSITIONS, TorchEngineConfig
+from lopa_server.engine.content import blocks_for
+from lopa_server.engine.pair_queue import PairKind
+from lopa_server.engine.torch_engine.config import PAIR_POSITIONS, STEP_POSITIONS, TorchEngineConfig
 from lopa_server.engine.torch_engine.live import LiveJob, LiveStream, Mailbox
 from lopa_server.engine.torch_engine.loader import FoundationModel, load_foundation_model
 from lopa_server.engine.torch_engine.selfcheck import check_runner, positions_that_fit
@@ -42,11 +43,13 @@ class TorchEngine:
         """
         _set_threads(config.threads)
         fm = load_foundation_model(config.fm, dtype=config.dtype, device=config.device)
-        bytes_per_position = check_runner(fm)
-        fitting = positions_that_fit(fm, bytes_per_position, config.cache_part)
-        step = config.step_positions or STEP_POSITIONS[fm.device.type]
+        size = config.limits.block_size
+        fitting = positions_that_fit(fm, check_runner(fm, size), config.kv_memory)
         limits = dataclasses.replace(
-            config.limits, kv_positions=min(config.limits.kv_positions, fitting), pair_positions=step, prefill_positions=2 * step
+            config.limits,
+            kv_positions=max(blocks_for(fm.spec.context_length, size) * size, min(config.limits.kv_positions, fitting)),
+            step_positions=config.step_positions or STEP_POSITIONS[fm.device.type],
+            pair_positions=config.step_positions or PAIR_POSITIONS[fm.device.type],
         )
         return cls(fm, dataclasses.replace(config, limits=limits))
 

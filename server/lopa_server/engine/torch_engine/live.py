@@ -10,10 +10,11 @@ from typing import TypeAlias
 
 import numpy as np
 
-from lopa_server.engine.base import Delta, EngineFailed, Finish, GenerateRequest, PairRequest, PairResult
-from lopa_server.engine.scheduler import PairKind
+from lopa_server.engine.base import Delta, EngineFailed, Finish, GenerateRequest, InputSequence, PairRequest, PairResult
+from lopa_server.engine.content import CacheScope, Content
+from lopa_server.engine.pair_queue import PairCost, PairKind
+from lopa_server.engine.sequences import SequenceState
 from lopa_server.engine.text import Decode, TextStream
-from lopa_server.engine.torch_engine.runner import PreparedInput
 from lopa_server.engine.torch_engine.sampling import Choice
 
 Event: TypeAlias = Delta | list[PairResult] | Exception
@@ -55,17 +56,17 @@ class LiveStream:
     def __init__(self, request: GenerateRequest, mailbox: Mailbox, decode: Decode, end_ids: Sequence[int]) -> None:
         self.request = request
         self.mailbox = mailbox
-        self.prepared: PreparedInput | None = None
-        """Set when the request enters the batch, so that waiting ones take no device memory."""
-        self.last_token = 0
+        self.sampled = False
+        """The sampler knows it."""
         self.generated = 0
         self._text = TextStream(decode, request.sampling.stop)
         self._end_ids = () if request.sampling.ignore_end else tuple(end_ids)
 
-    @property
-    def position(self) -> int:
-        """Where the last token stands in the sequence: that's the next one to be read."""
-        return len(self.request.input) + self.generated - 1
+    def sequence(self, scope: CacheScope, block_size: int) -> SequenceState:
+        """What the scheduler knows of it."""
+        request = self.request
+        content = Content(scope.root(request.cache_salt), request.input, block_size)
+        return SequenceState(request.id, content, request.tenant, request.sampling.max_tokens)
 
     def accept(self, choice: Choice) -> Delta:
         """Take a new token in; what the client is told about it.
@@ -75,7 +76,6 @@ class LiveStream:
         """
         if choice.broken:
             raise ArithmeticError("the model's logits are not finite")
-        self.last_token = choice.token_id
         self.generated += 1
         text, finish = "", None
         if choice.token_id in self._end_ids:
@@ -101,6 +101,20 @@ class LiveJob:
     pairs: Sequence[PairRequest]
     mailbox: Mailbox
     results: dict[int, PairResult] = dataclasses.field(default_factory=dict)
+    costs: list[PairCost] = dataclasses.field(default_factory=list)
+    """What the scheduler knows of its pairs."""
+
+    def measure(self, scope: CacheScope, block_size: int) -> list[PairCost]:
+        """Set `costs`. A prefix is computed apart if it fills a block; something is left behind it."""
+        self.costs = []
+        for pair in self.pairs:
+            read = pair.input
+            prefix = min(len(read.before), len(read) - 1)
+            content = None
+            if prefix >= block_size:
+                content = Content(scope.root(pair.cache_salt), InputSequence(read.before[:prefix], None, ()), block_size)
+            self.costs.append(PairCost(len(pair), len(pair.target), prefix if content is not None else 0, content))
+        return self.costs
 
     def accept(self, index: int, result: PairResult) -> list[PairResult] | None:
         """Take one pair's result in; all results in order once they are complete.

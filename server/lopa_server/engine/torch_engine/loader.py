@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,9 @@ from lopa.fingerprint import fingerprint_folder
 
 from lopa_server.config import ConfigError
 from lopa_server.engine.base import EngineSpec, UnsupportedModel
-from lopa_server.engine.torch_engine.attention import use_products_for_gradients
-from lopa_server.engine.torch_engine.masks import MaskMaker
+from lopa_server.engine.torch_engine import attention
 
+FULL, SLIDING = "full_attention", "sliding_attention"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -26,27 +28,40 @@ class FoundationModel:
     spec: EngineSpec
     device: torch.device
     dtype: torch.dtype
-    masks: MaskMaker
+    windows: tuple[int, ...]
+    """Sliding window of each layer; 0: full attention."""
+    own_attention: str
+    """The attention that transformers chose; ours has taken its place."""
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings of (…) token ids: (…, d) in the compute dtype, a fresh tensor."""
         return self.model.get_input_embeddings()(ids)
 
-    def logits_at(self, rows: torch.Tensor, positions: torch.Tensor, **inputs: Any) -> torch.Tensor:
-        """One forward pass, with logits only where they are wanted: (n, v) float32 for n (row, position) places.
+    def logits_at(self, places: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """One forward pass, with logits only where they are wanted: (n, v) float32.
 
+        places: (n,) int64, counted through all rows of the batch.
         The output head is the last and often the largest product. Its input is cut to the wanted places just before it,
         which works for every architecture, whatever it does to logits afterwards.
         """
 
         def cut(_: Any, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            return (arguments[0][rows, positions][None], *arguments[1:])
+            return (arguments[0].flatten(0, 1)[places][None], *arguments[1:])
 
         handle = self.model.get_output_embeddings().register_forward_pre_hook(cut)
         try:
             return self.model(**inputs).logits[0].float()
         finally:
             handle.remove()
+
+    @contextlib.contextmanager
+    def as_transformers(self) -> Iterator[Any]:
+        """The model with the attention that transformers chose, for comparison."""
+        self.model.set_attn_implementation(self.own_attention)
+        try:
+            yield self.model
+        finally:
+            self.model.set_attn_implementation(attention.NAME)
 
 
 def resolve_folder(fm: str | Path) -> Path:
@@ -91,12 +106,14 @@ def load_foundation_model(fm: str | Path, *, dtype: str | None = None, device: s
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if model.get_output_embeddings() is None:
         raise UnsupportedModel(f"{model.config.model_type}: it has no output head of its own")
-    eager = model.config._attn_implementation == "eager"
-    if place.type == "cpu" and name == "bfloat16" and not eager:
-        use_products_for_gradients(model)
-    masks = MaskMaker(model.config, additive=DTYPES[name] if eager else None)
+    attention.register()
+    own_attention = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(attention.NAME)
+    except ValueError as error:
+        raise UnsupportedModel(f"{model.config.model_type}: its attention can't be replaced: {error}") from error
     spec = _spec(str(fm), folder, model, tokenizer, name)
-    return FoundationModel(model, tokenizer, spec, place, DTYPES[name], masks)
+    return FoundationModel(model, tokenizer, spec, place, DTYPES[name], _windows(model.config), own_attention)
 
 
 def _place(device: str | None) -> torch.device:
@@ -131,6 +148,18 @@ def _context_length(config: Any) -> int:
     if not length:
         raise UnsupportedModel(f"{config.model_type}: its configuration names no context length")
     return int(length)
+
+
+def _windows(config: Any) -> tuple[int, ...]:
+    """Of each layer, 0 for full attention. Raises UnsupportedModel for a layer that is neither full nor sliding."""
+    window: int = getattr(config, "sliding_window", None) or 0
+    kinds = getattr(config, "layer_types", None) or [SLIDING if window else FULL] * config.num_hidden_layers
+    strange = sorted(set(kinds) - {FULL, SLIDING})
+    if strange:
+        raise UnsupportedModel(f"{config.model_type}: layers of kind {', '.join(strange)} are not supported by the torch engine")
+    if SLIDING in kinds and not window:
+        raise UnsupportedModel(f"{config.model_type}: sliding-window layers without a window")
+    return tuple(window if kind == SLIDING else 0 for kind in kinds)
 
 
 @torch.inference_mode()

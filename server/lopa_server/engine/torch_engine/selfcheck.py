@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from lopa_server.engine.base import InputSequence, UnsupportedModel
+from lopa_server.engine.content import Content, blocks_for
+from lopa_server.engine.torch_engine.layout import Piece
 from lopa_server.engine.torch_engine.loader import FoundationModel
-from lopa_server.engine.torch_engine.runner import ModelRunner, Piece, embed_pieces, prepare
+from lopa_server.engine.torch_engine.runner import ModelRunner
 
 ROWS = 2
 DECODED = 3
@@ -22,35 +25,49 @@ LONGEST_WINDOW = 512
 """Sliding windows up to this are crossed in the check; longer ones would cost too much at every start."""
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Largest difference between logits, relative to their own spread."""
+FREE_PART = 0.4
+"""Of the free memory, for the pool, unless it is set."""
+CPU_BYTES = 4 << 30
+"""And at most so much on a CPU, whose memory others need too."""
 
 
-def check_runner(fm: FoundationModel) -> int:
-    """Compare three rows: pieces of a prompt, several steps, rows of different length. Bytes of cache per position.
+def check_runner(fm: FoundationModel, block_size: int) -> int:
+    """Compare three rows: pieces of prompts beside rows that decode, of different length. Bytes of the pool per position.
 
     Raises:
         UnsupportedModel: the logits differ, so this architecture can't be batched by this engine.
     """
+    kind = fm.model.config.model_type
     inputs = _inputs(fm)
-    ours, bytes_per_position = _cached(fm, inputs)
-    theirs = [_plain(fm, sequence) for sequence in inputs]
+    with fm.as_transformers() as model:
+        theirs = [_plain(fm, model, sequence) for sequence in inputs]
+    try:
+        ours, bytes_per_position = _paged(fm, inputs, block_size)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UnsupportedModel(f"{kind}: it doesn't use transformers' attention interface: {error!r}") from error
     for row, (mine, plain) in enumerate(zip(ours, theirs, strict=True)):
         spread = float(plain.std()) or 1.0
         difference = float((mine - plain).abs().max()) / spread
         if not difference <= TOLERANCE[fm.dtype]:
-            kind = fm.model.config.model_type
             raise UnsupportedModel(
                 f"{kind}: in a batch, logits differ from transformers' own by {difference:.2g} of their spread (row {row})"
             )
     return bytes_per_position
 
 
-def positions_that_fit(fm: FoundationModel, bytes_per_position: int, part: float) -> int:
-    """Cache positions that `part` of the free memory holds; at least one full context."""
-    if fm.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(fm.device)
-    else:
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES")
-    return max(fm.spec.context_length, int(free * part) // max(1, bytes_per_position))
+def positions_that_fit(fm: FoundationModel, bytes_per_position: int, kv_memory: int | None) -> int:
+    """Positions of the pool that so many bytes hold; at least one full context. None: a part of the free memory."""
+    if kv_memory is None:
+        kv_memory = int(_free_memory(fm.device) * FREE_PART)
+        if fm.device.type == "cpu":
+            kv_memory = min(kv_memory, CPU_BYTES)
+    return max(fm.spec.context_length, kv_memory // max(1, bytes_per_position))
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES")
 
 
 def _inputs(fm: FoundationModel) -> list[InputSequence]:
@@ -68,23 +85,40 @@ def _inputs(fm: FoundationModel) -> list[InputSequence]:
     return sequences
 
 
-def _cached(fm: FoundationModel, inputs: Sequence[InputSequence]) -> tuple[list[torch.Tensor], int]:
-    """Last logits of each sequence through the runner: two prefill steps of unequal pieces, then decode steps."""
-    runner = ModelRunner(fm)
-    prepared = [runner.prepare(sequence) for sequence in inputs]
-    ends = [len(sequence) - DECODED for sequence in inputs]
-    first = [min(end - 1, 2 + row) for row, end in enumerate(ends)]
-    runner.prefill([Piece(row, source, 0, first[row]) for row, source in enumerate(prepared)])
-    runner.prefill([Piece(row, source, first[row], ends[row] - first[row]) for row, source in enumerate(prepared)])
-    logits = None
-    for step in range(DECODED):
-        places = [end + step for end in ends]
-        logits = runner.decode([int(source.ids[place]) for source, place in zip(prepared, places, strict=True)], places)
-    return list(logits), runner.cache.bytes_per_position
+def _paged(fm: FoundationModel, inputs: Sequence[InputSequence], block_size: int) -> tuple[list[torch.Tensor], int]:
+    """Last logits of each sequence through the runner, in pieces: each row starts to decode while others still read."""
+    contents = [Content(b"", sequence, block_size) for sequence in inputs]
+    size = blocks_for(max(map(len, contents)), block_size)
+    tables = [range(1 + row * size, 1 + (row + 1) * size) for row in range(len(contents))]
+    runner = ModelRunner(fm, len(contents) * size, block_size)
+    last: dict[int, torch.Tensor] = {}
+    done = [0] * len(contents)
+    while len(last) < len(contents):
+        rows = [row for row, content in enumerate(contents) if done[row] < len(content)]
+        counts = [_count(done[row], len(contents[row]), row) for row in rows]
+        pieces = [Piece(contents[row], tables[row], done[row], count) for row, count in zip(rows, counts, strict=True)]
+        logits = runner.step(pieces, range(len(pieces)))
+        for row, count, values in zip(rows, counts, logits, strict=True):
+            done[row] += count
+            if done[row] == len(contents[row]):
+                last[row] = values
+    return [last[row] for row in range(len(contents))], runner.pool.bytes_per_position
+
+
+def _count(done: int, length: int, row: int) -> int:
+    """Two pieces of unequal size, then one position at a time; a shorter row is done with its pieces earlier."""
+    first, whole = 3 + 2 * row, length - DECODED
+    if done < whole:
+        return first if done == 0 else min(whole - done, max(first, whole // 2 + row))
+    return 1
 
 
 @torch.inference_mode()
-def _plain(fm: FoundationModel, sequence: InputSequence) -> torch.Tensor:
+def _plain(fm: FoundationModel, model: Any, sequence: InputSequence) -> torch.Tensor:
     """Last logits of a sequence alone, by the model's own forward pass without any cache."""
-    embeds = embed_pieces(fm, [(prepare(fm, sequence), 0, len(sequence))], len(sequence))
-    return fm.model(inputs_embeds=embeds, use_cache=False).logits[0, -1].float()
+    ids = torch.tensor([*sequence.before, *[0] * sequence.rows, *sequence.after], device=fm.device)
+    embeds = fm.embed(ids)
+    if sequence.soft is not None:
+        start = len(sequence.before)
+        embeds[start : start + sequence.rows] = torch.from_numpy(sequence.soft).to(fm.device, fm.dtype)
+    return model(inputs_embeds=embeds[None], use_cache=False).logits[0, -1].float()

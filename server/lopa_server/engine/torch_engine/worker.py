@@ -18,12 +18,15 @@ from typing import TypeAlias
 import torch
 
 from lopa_server.engine.base import EngineFailed, EngineStats, EngineStopped
-from lopa_server.engine.scheduler import DecodeStep, PairCost, PairKind, PairStep, PrefillStep, Scheduler, SchedulerLimits, Step
-from lopa_server.engine.slots import SlotTable
+from lopa_server.engine.content import CacheScope
+from lopa_server.engine.pair_queue import PairRow, PairStep
+from lopa_server.engine.scheduler import Scheduler, SchedulerLimits, Step, TokenStep
+from lopa_server.engine.sequences import SequenceState
+from lopa_server.engine.torch_engine.layout import Piece
 from lopa_server.engine.torch_engine.live import Event, LiveJob, LiveStream, Mailbox
 from lopa_server.engine.torch_engine.loader import FoundationModel
-from lopa_server.engine.torch_engine.pairs import pair_gradients, score_pairs
-from lopa_server.engine.torch_engine.runner import ModelRunner, Piece
+from lopa_server.engine.torch_engine.pairs import PlacedPair, run_pairs
+from lopa_server.engine.torch_engine.runner import ModelRunner
 from lopa_server.engine.torch_engine.sampling import Sampler
 
 log = logging.getLogger(__name__)
@@ -50,9 +53,10 @@ class Worker:
     def __init__(self, fm: FoundationModel, limits: SchedulerLimits, threads: Callable[[], None]) -> None:
         """threads: called first on the engine thread, to set up torch's own threads for it."""
         self._fm = fm
-        self._runner = ModelRunner(fm)
+        self._limits = limits
+        self._runner = ModelRunner(fm, limits.blocks, limits.block_size)
+        self._scope = CacheScope(fm.spec.fingerprint, fm.spec.compute_dtype)
         self._scheduler = Scheduler(limits)
-        self._slots = SlotTable()
         self._sampler = Sampler(fm.spec.vocab_size, fm.device)
         self._streams: dict[str, LiveStream] = {}
         self._jobs: dict[str, LiveJob] = {}
@@ -92,12 +96,19 @@ class Worker:
         return self._stats
 
     def _publish(self) -> None:
-        scheduler = self._scheduler
+        scheduler, blocks = self._scheduler, self._scheduler.blocks
         self._stats = EngineStats(
             waiting=scheduler.waiting,
             running=scheduler.running,
             pairs_waiting=scheduler.pairs_waiting,
-            slots_used=len(self._slots),
+            block_size=blocks.block_size,
+            blocks_total=blocks.total,
+            blocks_used=blocks.used,
+            blocks_cached=blocks.cached,
+            kv_positions=scheduler.kv_positions,
+            prefix_hit_tokens=scheduler.hit_tokens,
+            preemptions=scheduler.preemptions,
+            pairs_whole=scheduler.pairs_whole,
             seconds=dict(self._seconds),
             **self._counts,
         )
@@ -152,51 +163,34 @@ class Worker:
 
     def _handle(self, command: Command) -> None:
         if isinstance(command, LiveStream):
-            request = command.request
-            self._streams[request.id] = command
-            self._scheduler.add(request.id, len(request.input), len(request.input) + request.sampling.max_tokens)
+            self._streams[command.request.id] = command
+            self._scheduler.add(command.sequence(self._scope, self._limits.block_size))
         elif isinstance(command, LiveJob):
             self._jobs[command.id] = command
-            costs = [PairCost(len(pair), len(pair.target)) for pair in command.pairs]
-            self._scheduler.add_pairs(command.id, command.kind, costs)
+            self._scheduler.add_pairs(command.id, command.kind, command.measure(self._scope, self._limits.block_size))
         elif isinstance(command, Abort) and (command.id in self._streams or command.id in self._jobs):
             self._forget(command.id)
             self._counts["aborted"] += 1
 
-    def _forget(self, name: str) -> None:
-        """Take a request or call out, wherever it is; its row is zeroed and free at once."""
-        self._scheduler.remove(name)
+    def _forget(self, name: str, *, reliable: bool = True) -> None:
+        """Take a request or call out, wherever it is; its blocks are free at once. reliable: as in `Scheduler.remove`."""
+        self._scheduler.remove(name, reliable=reliable)
         self._sampler.remove(name)
+        self._streams.pop(name, None)
         self._jobs.pop(name, None)
-        stream = self._streams.pop(name, None)
-        if stream is None or stream.prepared is None:
-            return
-        moves, free = self._slots.leave(name)
-        for move in moves:
-            self._runner.apply(move)
-        self._runner.clear(free)
 
     def _compute(self, step: Step) -> None:
         """One step. When it fails, the requests it was for are lost, and nobody else's."""
-        concerned = self._concerned(step)
         try:
-            if isinstance(step, PrefillStep):
-                self._prefill(step)
-            elif isinstance(step, DecodeStep):
-                self._decode()
+            if isinstance(step, TokenStep):
+                self._tokens(step)
             else:
                 self._pairs(step)
         except Exception as error:
+            concerned = _concerned(step)
             log.exception("%s failed for %d requests", type(step).__name__, len(concerned))
             for name in concerned:
                 self._fail(name, error)
-
-    def _concerned(self, step: Step) -> list[str]:
-        if isinstance(step, PrefillStep):
-            return list(dict.fromkeys([*step.admitted, *(chunk.id for chunk in step.chunks)]))
-        if isinstance(step, DecodeStep):
-            return list(self._slots.decoding)
-        return list(dict.fromkeys(name for name, _ in step.pairs))
 
     def _fail(self, name: str, error: Exception) -> None:
         owner = self._streams.get(name) or self._jobs.get(name)
@@ -206,67 +200,71 @@ class Worker:
         failure.__cause__ = error
         self._outbox.append((owner.mailbox, failure))
         self._counts["failed"] += 1
-        self._forget(name)
+        self._forget(name, reliable=False)
 
-    def _prefill(self, step: PrefillStep) -> None:
-        for name in step.admitted:
-            self._slots.enter(name)
-            request = self._streams[name].request
-            self._streams[name].prepared = self._runner.prepare(request.input)
-            self._sampler.add(name, request.sampling, request.input.before + request.input.after)
-        self._runner.cache.reserve(len(self._slots), 0)
-        pieces = [Piece(self._slots.row(chunk.id), self._streams[chunk.id].prepared, chunk.start, chunk.count) for chunk in step.chunks]
-        logits = self._runner.prefill(pieces)
-        self._counts["prefill_tokens"] += sum(piece.count for piece in pieces)
-        ready = [index for index, chunk in enumerate(step.chunks) if chunk.last]
-        names = [step.chunks[index].id for index in ready]
-        for name in names:
-            swap = self._slots.start_decoding(name)
-            if swap is not None:
-                self._runner.apply(swap)
-        if names:
-            self._choose(names, logits[ready])
+    def _tokens(self, step: TokenStep) -> None:
+        pieces = [Piece(row.sequence.content, row.sequence.table, row.start, row.count) for row in step.rows]
+        wanted = [index for index, row in enumerate(step.rows) if row.samples]
+        logits = self._runner.step(pieces, wanted)
+        decoding = sum(row.start > 0 and row.count == 1 for row in step.rows)
+        counts = self._counts
+        counts["steps"] += 1
+        counts["decode_steps"] += bool(decoding)
+        counts["step_rows"] += len(step.rows)
+        counts["step_positions"] += sum(row.count for row in step.rows)
+        counts["prefill_tokens"] += sum(row.count for row in step.rows) - decoding
+        if wanted:
+            self._choose([step.rows[index].sequence for index in wanted], logits)
 
-    def _decode(self) -> None:
-        names = self._slots.decoding
-        streams = [self._streams[name] for name in names]
-        logits = self._runner.decode([stream.last_token for stream in streams], [stream.position for stream in streams])
-        self._counts["decode_steps"] += 1
-        self._choose(names, logits)
-
-    def _choose(self, names: Sequence[str], logits: torch.Tensor) -> None:
+    def _choose(self, sequences: Sequence[SequenceState], logits: torch.Tensor) -> None:
         """The next token of each of these requests, from their rows of logits."""
-        streams = [self._streams[name] for name in names]
-        choices = self._sampler.choose(names, logits)
-        for name, stream, choice in zip(names, streams, choices, strict=True):
+        streams = [self._streams[sequence.id] for sequence in sequences]
+        for stream in streams:
+            if not stream.sampled:
+                request, stream.sampled = stream.request, True
+                self._sampler.add(request.id, request.sampling, request.input.before + request.input.after)
+        choices = self._sampler.choose([sequence.id for sequence in sequences], logits)
+        for sequence, stream, choice in zip(sequences, streams, choices, strict=True):
             try:
                 delta = stream.accept(choice)
             except Exception as error:
-                log.exception("a token of %s could not be used", name)
-                self._fail(name, error)
+                log.exception("a token of %s could not be used", sequence.id)
+                self._fail(sequence.id, error)
                 continue
             self._counts["generated_tokens"] += 1
             self._outbox.append((stream.mailbox, delta))
-            if delta.finish is not None:
-                self._forget(name)
+            if delta.finish is None:
+                sequence.content.append(choice.token_id)
+            else:
+                self._forget(sequence.id)
 
     def _pairs(self, step: PairStep) -> None:
-        jobs = [(self._jobs[name], index) for name, index in step.pairs]
-        compute = pair_gradients if step.kind is PairKind.GRADIENTS else score_pairs
-        results = compute(self._fm, [job.pairs[index] for job, index in jobs])
+        try:
+            results = run_pairs(self._fm, self._runner, step.kind, [self._placed(row) for row in step.rows])
+        except BaseException:
+            self._scheduler.end_pairs(step, reliable=False)
+            raise
+        self._scheduler.end_pairs(step)
         self._counts["pair_batches"] += 1
         self._counts["pairs_done"] += len(results)
-        for (job, index), result in zip(jobs, results, strict=True):
-            if job.id not in self._jobs:
+        self._counts["pair_prefix_hit_tokens"] += sum(row.cached for row in step.rows)
+        self._counts["pair_prefix_tokens"] += sum(row.prefix - row.cached for row in step.rows)
+        for row, result in zip(step.rows, results, strict=True):
+            job = self._jobs.get(row.job)
+            if job is None:
                 continue
             try:
-                complete = job.accept(index, result)
+                complete = job.accept(row.index, result)
             except EngineFailed as error:
                 self._fail(job.id, error)
                 continue
             if complete is not None:
                 self._outbox.append((job.mailbox, complete))
                 self._forget(job.id)
+
+    def _placed(self, row: PairRow) -> PlacedPair:
+        job = self._jobs[row.job]
+        return PlacedPair(job.pairs[row.index], row.prefix, row.cached, row.table, job.costs[row.index].content)
 
     def _flush(self) -> None:
         """Send a step's events to the asyncio side in one go."""
@@ -278,3 +276,9 @@ class Worker:
 def _deliver(events: list[tuple[Mailbox, Event]]) -> None:
     for mailbox, event in events:
         mailbox.put(event)
+
+
+def _concerned(step: Step) -> list[str]:
+    """Whose requests a step is for."""
+    names = [row.sequence.id for row in step.rows] if isinstance(step, TokenStep) else [row.job for row in step.rows]
+    return list(dict.fromkeys(names))

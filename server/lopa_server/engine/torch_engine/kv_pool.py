@@ -1,0 +1,43 @@
+"""The key-value pool: one slot a position, all layers alike, written and read by slot number.
+
+Legend: s slots, t positions of a step, h key-value heads, e head width.
+
+Slots of block 0 stay zero for ever. Whatever a step reads beyond a sequence's own positions is read from there: a value
+that isn't finite times a weight of zero is still not finite, so what earlier requests left behind must never be read.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+class KvPool:
+    """Keys and values of every layer, (s, h, e) each; allocated when a layer is first written, for h and e show then."""
+
+    def __init__(self, blocks: int, block_size: int) -> None:
+        """blocks: as the block manager counts them, block 0 not included."""
+        self.block_size = block_size
+        self._slots = (blocks + 1) * block_size
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def bytes_per_position(self) -> int:
+        """Bytes that one position takes over all layers; 0 before the first step."""
+        return sum(tensor.nbytes for layer in self._layers.values() for tensor in layer) // self._slots
+
+    def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put (t, h, e) keys and values into (t,) slots."""
+        held = self._layers.get(layer)
+        if held is None:
+            held = self._layers[layer] = (self._zeros(keys), self._zeros(values))
+        held[0].index_copy_(0, slots, keys)
+        held[1].index_copy_(0, slots, values)
+
+    def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the (n,) slots' keys and values: (n, h, e) each."""
+        keys, values = self._layers[layer]
+        return keys.index_select(0, slots), values.index_select(0, slots)
+
+    def _zeros(self, like: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode(False):
+            return torch.zeros(self._slots, *like.shape[1:], dtype=like.dtype, device=like.device)
