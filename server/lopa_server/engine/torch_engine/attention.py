@@ -136,7 +136,7 @@ def attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,  # noqa: ARG001 (the step knows)
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
