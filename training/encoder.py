@@ -1,9 +1,9 @@
 """Train lopa-nano's prompt encoder: a 2 M parameter BERT that knows which file a snippet is from.
 
-    python training/encoder.py --corpus build/corpus --fm build/lopa_nano --out build/lopa_nano_encoder
+    python training/encoder.py --corpus build/corpus --fm build/lopa_nano/model --out build/lopa_nano_encoder
 
-InfoNCE (van den Oord et al. 2018): two snippets of one file attract each other, the other files of the batch repel,
-many of them from the same repository. The result is a plain `AutoModel` folder; pooled (mean) and frozen it is what
+InfoNCE (van den Oord et al. 2018): two snippets of one file attract each other, the other files of the batch repel.
+Few repositories with many files each: telling apart the modules of one repository is what a user's filing task asks for. The result is a plain `AutoModel` folder; pooled (mean) and frozen it is what
 the LoPA heads read.
 """
 
@@ -54,19 +54,21 @@ def pool(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
 
 def draw_pairs(
     corpus: Corpus, rng: np.random.Generator, repos: int, files: int, length: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Snippets 2i and 2i+1 are of one file: ids and mask, (2 * repos * files, length) int64."""
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Snippets 2i and 2i+1 are of one file: ids and mask, (2 * repos * files, length) int64, and each row's file."""
     sizes = np.array([min(len(shelf), 40) for shelf in corpus.shelves], dtype=np.float64)
     rows: list[list[int]] = []
+    owners: list[int] = []
     for shelf in rng.choice(len(sizes), repos, replace=False, p=sizes / sizes.sum()):
         indices = rng.permutation(corpus.shelves[shelf])
         for index in np.resize(indices, files):
             rows += [[corpus.special[CODE], *corpus.snippet(int(index), int(rng.integers(24, length)), rng)] for _ in range(2)]
+            owners += [int(index)] * 2
     ids = np.full((len(rows), length), corpus.special[END], dtype=np.int64)
     mask = np.zeros_like(ids)
     for i, row in enumerate(rows):
         ids[i, : len(row)], mask[i, : len(row)] = row[:length], 1
-    return ids, mask
+    return ids, mask, np.array(owners)
 
 
 def contrast(features: Tensor, labels: Tensor) -> Tensor:
@@ -83,13 +85,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, default=Path("build/corpus"))
     parser.add_argument(
-        "--fm", type=Path, default=Path("build/lopa_nano"), help="its tokenizer; its embeddings, where training has begun, are the start"
+        "--fm", type=Path, default=Path("build/lopa_nano/model"), help="its tokenizer; its token embeddings are the start"
     )
     parser.add_argument("--out", type=Path, default=Path("build/lopa_nano_encoder"))
     parser.add_argument("--steps", type=int, default=900)
-    parser.add_argument("--repos", type=int, default=8, help="per step")
-    parser.add_argument("--files", type=int, default=12, help="per repository and step")
-    parser.add_argument("--length", type=int, default=80, help="tokens of a snippet at most")
+    parser.add_argument("--repos", type=int, default=4, help="per step")
+    parser.add_argument("--files", type=int, default=24, help="per repository and step")
+    parser.add_argument("--length", type=int, default=MAX_TOKENS, help="tokens of a snippet at most")
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
@@ -98,21 +100,19 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = Tokenizer.from_file(str(args.fm / "bpe.json"))
+    tokenizer = Tokenizer.from_file(str(args.fm / "tokenizer.json"))
     corpus = Corpus(args.corpus / "train.jsonl", tokenizer)
     model = build_encoder(tokenizer.get_vocab_size(), tokenizer.token_to_id(END)).to(device)
-    if (args.fm / "checkpoint.safetensors").exists():
-        start = load_file(args.fm / "checkpoint.safetensors")["model.model.embed_tokens.weight"]
-        model.embeddings.word_embeddings.weight.data.copy_(start * (0.02 / start.std()))
+    start = load_file(args.fm / "model.safetensors")["model.embed_tokens.weight"].float()
+    model.embeddings.word_embeddings.weight.data.copy_(start * (0.02 / start.std()))
     forward = torch.compile(model, dynamic=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.01)
     args.out.mkdir(parents=True, exist_ok=True)
-    labels = torch.arange(args.repos * args.files, device=device).repeat_interleave(2)
     mean, started = None, time.monotonic()
     with (args.out / "log.jsonl").open("w") as log:
         for step in range(args.steps):
             rng = np.random.default_rng((args.seed, step))
-            ids, mask = (torch.from_numpy(a).to(device) for a in draw_pairs(corpus, rng, args.repos, args.files, args.length))
+            ids, mask, labels = (torch.from_numpy(a).to(device) for a in draw_pairs(corpus, rng, args.repos, args.files, args.length))
             loss = contrast(pool(forward, ids, mask), labels)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -1,6 +1,7 @@
 """Examples of a population: JSON lines to token ids and features, person by person.
 
-A line is {"user", "task", "prompt", "target", "append_end"}. Each (user, task) is one person with personal tensors of its own.
+A line is {"user", "task", "prompt", "target", "append_end", "prefix"}; the last two may be left out. The soft prompt stands behind the
+prefix, at the front when there is none. Each (user, task) is one person with personal tensors of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lopa_exporters.encoder import Encoder, NoEncoder
-from lopa_exporters.frozen import FrozenModel
+from lopa_exporters.frozen import FrozenModel, TokenPair
 
 Indices = NDArray[np.int64]
 
@@ -33,6 +34,8 @@ class Example:
     prompt: str
     target: str
     append_end: bool = False
+    prefix: str = ""
+    """What stands before the soft prompt; then the prompt may be empty."""
 
 
 def read_examples(path: Path) -> list[Example]:
@@ -48,11 +51,11 @@ def read_examples(path: Path) -> list[Example]:
                 example = Example(**json.loads(line))
             except (ValueError, TypeError) as error:
                 raise DataError(f"{path}, line {number}: {error}") from error
-            texts = (example.user, example.task, example.prompt, example.target)
-            if not all(isinstance(text, str) and text for text in texts) or not isinstance(example.append_end, bool):
-                raise DataError(
-                    f"{path}, line {number}: user, task, prompt and target must be strings that are not empty, append_end a boolean"
-                )
+            texts = (example.user, example.task, example.prompt, example.prefix, example.target)
+            if not all(isinstance(text, str) for text in texts) or not isinstance(example.append_end, bool):
+                raise DataError(f"{path}, line {number}: user, task, prompt, prefix and target must be strings, append_end a boolean")
+            if not all((example.user, example.task, example.target, example.prefix + example.prompt)):
+                raise DataError(f"{path}, line {number}: user, task, target, and one of prefix and prompt must not be empty")
             examples.append(example)
     if not examples:
         raise DataError(f"{path} has no examples")
@@ -63,19 +66,18 @@ def read_examples(path: Path) -> list[Example]:
 class Dataset:
     """Examples as the model reads them.
 
-    features: (n, h) standardized encoder features of the prompts.
+    features: (n, h) standardized encoder features of prefix and prompt.
     persons: (user, task) of each person, and in `rows` each person's indices.
     """
 
-    prompts: Sequence[Sequence[int]]
-    targets: Sequence[Sequence[int]]
+    tokens: Sequence[TokenPair]
     features: Tensor
     persons: tuple[tuple[str, str], ...]
     rows: tuple[Indices, ...]
 
-    def pairs(self, indices: Sequence[int] | Indices) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
-        """Prompt ids and target ids of these examples."""
-        return [self.prompts[i] for i in indices], [self.targets[i] for i in indices]
+    def pairs(self, indices: Sequence[int] | Indices) -> list[TokenPair]:
+        """What the model reads of these examples."""
+        return [self.tokens[i] for i in indices]
 
     def split(self, validation: int) -> tuple[tuple[Indices, ...], tuple[Indices, ...]]:
         """Each person's rows for training, and every so-many-th for validation (at most `validation` of them, half of the rows)."""
@@ -105,16 +107,22 @@ def build_dataset(
     Raises:
         DataError: an example does not fit the model's context.
     """
-    prompts = fm.tokenize_prompts([example.prompt for example in examples])
+    texts = [example.prefix or example.prompt for example in examples]
+    first = fm.tokenize_prompts(texts)
+    behind = fm.tokenize_targets([example.prompt for example in examples], [False] * len(examples))
     targets = fm.tokenize_targets([example.target for example in examples], [example.append_end for example in examples])
-    for example, prompt, target in zip(examples, prompts, targets, strict=True):
-        if soft_rows + len(prompt) + len(target) > fm.context:
-            size = f"{soft_rows} + {len(prompt)} + {len(target)} positions"
+    tokens = [
+        TokenPair(prompt, target, read) if example.prefix else TokenPair(read, target)
+        for example, read, prompt, target in zip(examples, first, behind, targets, strict=True)
+    ]
+    for example, pair in zip(examples, tokens, strict=True):
+        if soft_rows + len(pair) > fm.context:
+            size = f"{soft_rows} + {len(pair)} positions"
             raise DataError(f"an example of {example.user}, {example.task} needs {size}; the model's context has {fm.context}")
-    features = encoder.encode([example.prompt for example in examples], on_progress=on_progress)
+    features = encoder.encode([example.prefix + example.prompt for example in examples], on_progress=on_progress)
     if standardize and isinstance(encoder, Encoder):
         features = encoder.restandardize(features)
     people = list(dict.fromkeys((example.user, example.task) for example in examples))
     number = {person: i for i, person in enumerate(people)}
     owners = np.array([number[example.user, example.task] for example in examples])
-    return Dataset(prompts, targets, features, tuple(people), tuple(np.flatnonzero(owners == i) for i in range(len(people))))
+    return Dataset(tokens, features, tuple(people), tuple(np.flatnonzero(owners == i) for i in range(len(people))))

@@ -1,6 +1,8 @@
 """The frozen foundation model as training sees it: likelihoods of targets behind soft prompts, differentiable in the soft prompts.
 
-Legend: b pairs, m soft-prompt rows, d hidden size, t positions, v vocabulary.
+A soft prompt stands at the front, or behind a prefix. What stands before it depends on no soft prompt: it is read once, without gradients.
+
+Legend: b pairs, m soft-prompt rows, d hidden size, f prefix positions, t positions behind the prefix, v vocabulary.
 """
 
 from __future__ import annotations
@@ -15,7 +17,27 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-Ids = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class TokenPair:
+    """[prefix ; soft prompt ; prompt], and the target whose likelihood is measured. Prefix or prompt may be empty."""
+
+    prompt: Sequence[int]
+    target: Sequence[int]
+    prefix: Sequence[int] = ()
+
+    def __len__(self) -> int:
+        """Positions without soft rows."""
+        return len(self.prefix) + len(self.prompt) + len(self.target)
+
+
+@dataclass(frozen=True)
+class _Past:
+    """What was read before the soft prompts: transformers' cache, and (b, f) int64, 1 at real tokens."""
+
+    cache: Any
+    mask: Tensor
 
 
 @dataclass(frozen=True)
@@ -83,47 +105,74 @@ class FrozenModel:
         ids = self.tokenizer(list(texts), add_special_tokens=False).input_ids
         return [row + [self.tokenizer.eos_token_id] * end for row, end in zip(ids, append_end, strict=True)]
 
-    def losses(self, soft: Tensor | None, prompts: Ids, targets: Ids) -> PairLosses:
-        """Likelihood of each target after [soft ; prompt]; soft (b, m, d), or None for the plain model."""
-        rows = 0 if soft is None else soft.shape[1]
-        sizes = [rows + len(prompt) + len(target) for prompt, target in zip(prompts, targets, strict=True)]
-        order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    def losses(self, soft: Tensor | None, pairs: Sequence[TokenPair]) -> PairLosses:
+        """Likelihood of each target after [prefix ; soft ; prompt]; soft (b, m, d), or None for the plain model."""
+        order = sorted(range(len(pairs)), key=lambda i: (bool(pairs[i].prefix), len(pairs[i])))
         parts = []
-        for start in range(0, len(order), self.max_rows):
-            chunk = order[start : start + self.max_rows]
-            part = None if soft is None else soft[chunk]
-            parts.append(self._losses(part, [prompts[i] for i in chunk], [targets[i] for i in chunk]))
+        for prefixed in (False, True):
+            group = [i for i in order if bool(pairs[i].prefix) == prefixed]
+            for start in range(0, len(group), self.max_rows):
+                chunk = group[start : start + self.max_rows]
+                parts.append(self._losses(None if soft is None else soft[chunk], [pairs[i] for i in chunk]))
         back = torch.tensor(order).argsort()
         nll, exact = (torch.cat([part[i] for part in parts])[back.to(self.device)] for i in range(2))
-        return PairLosses(nll, torch.tensor([len(target) for target in targets], device=self.device), exact)
+        return PairLosses(nll, torch.tensor([len(pair.target) for pair in pairs], device=self.device), exact)
 
-    def _losses(self, soft: Tensor | None, prompts: Ids, targets: Ids) -> tuple[Tensor, Tensor]:
+    def _losses(self, soft: Tensor | None, pairs: Sequence[TokenPair]) -> tuple[Tensor, Tensor]:
         """nll and exact of pairs of about one length. Padding stands at the end, where causal attention never reads it."""
         m = 0 if soft is None else soft.shape[1]
+        past = self._read([pair.prefix for pair in pairs]) if m and pairs[0].prefix else None
+        heads = [[*pair.prompt] if past else [*pair.prefix, *pair.prompt] for pair in pairs]
         # The last target token is only predicted, never read.
-        ids = pad_sequence([torch.tensor([*p, *t][:-1], dtype=torch.long) for p, t in zip(prompts, targets, strict=True)], batch_first=True)
-        embeds = self.model.get_input_embeddings()(ids.to(self.device))
+        rows = [torch.tensor([*head, *pair.target][:-1], dtype=torch.long) for head, pair in zip(heads, pairs, strict=True)]
+        embeds = self.model.get_input_embeddings()(pad_sequence(rows, batch_first=True).to(self.device))
         if soft is not None:
             embeds = torch.cat((soft.to(embeds), embeds), dim=1)
-        counts = torch.tensor([len(target) for target in targets], device=self.device)
-        pairs = torch.arange(len(targets), device=self.device).repeat_interleave(counts)
-        places = torch.cat([torch.arange(m + len(p) - 1, m + len(p) + len(t) - 1) for p, t in zip(prompts, targets, strict=True)])
-        wanted = torch.tensor([token for target in targets for token in target], device=self.device)
-        logits = self._logits_at(embeds, pairs, places.to(self.device))
-        zeros = torch.zeros(len(targets), device=self.device)
-        nll = zeros.index_add(0, pairs, functional.cross_entropy(logits, wanted, reduction="none"))
-        return nll, zeros.index_add(0, pairs, (logits.argmax(dim=-1) != wanted).float()) == 0
+        owners = torch.tensor([i for i, pair in enumerate(pairs) for _ in pair.target], device=self.device)
+        places = torch.cat([m + len(head) - 1 + torch.arange(len(pair.target)) for head, pair in zip(heads, pairs, strict=True)])
+        wanted = torch.tensor([token for pair in pairs for token in pair.target], device=self.device)
+        logits = self._logits_at(embeds, owners, places.to(self.device), past)
+        zeros = torch.zeros(len(pairs), device=self.device)
+        nll = zeros.index_add(0, owners, functional.cross_entropy(logits, wanted, reduction="none"))
+        return nll, zeros.index_add(0, owners, (logits.argmax(dim=-1) != wanted).float()) == 0
 
-    def _logits_at(self, embeds: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+    @torch.no_grad()
+    def _read(self, prefixes: Sequence[Sequence[int]]) -> _Past:
+        """Keys and values of prefixes. Padded on the left, so that what follows has its true distance to every token."""
+        width = max(map(len, prefixes))
+        ids = torch.zeros((len(prefixes), width), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prefix in enumerate(prefixes):
+            ids[row, width - len(prefix) :] = torch.tensor(prefix)
+            mask[row, width - len(prefix) :] = 1
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        with self._autocast():
+            states = self.model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
+        return _Past(states.past_key_values, mask)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def _logits_at(self, embeds: Tensor, rows: Tensor, places: Tensor, past: _Past | None) -> Tensor:
         """(n, v) float32 logits at n places of (b, t, d): the output head sees those places only."""
 
         def cut(_: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return (arguments[0][rows, places][None], *arguments[1:])
 
         handle = self.model.get_output_embeddings().register_forward_pre_hook(cut)
+        positions = torch.arange(embeds.shape[1], device=self.device)[None]
+        inputs: dict[str, Any] = {"position_ids": positions, "use_cache": False}
+        if past is not None:
+            mask = torch.cat((past.mask, past.mask.new_ones(embeds.shape[:2])), dim=1)
+            inputs = {
+                "position_ids": positions + past.mask.sum(1, keepdim=True),
+                "attention_mask": mask,
+                "past_key_values": past.cache,
+                "use_cache": True,
+            }
         try:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                positions = torch.arange(embeds.shape[1], device=self.device)[None]
-                return self.model(inputs_embeds=embeds, position_ids=positions, use_cache=False).logits[0].float()
+            with self._autocast():
+                return self.model(inputs_embeds=embeds, **inputs).logits[0].float()
         finally:
             handle.remove()

@@ -141,7 +141,7 @@ class PopulationTrainer:
             tensor.requires_grad_()
         torch.manual_seed(int(np.random.default_rng((config.seed, 4, state.step)).integers(1 << 62)))
         soft = soft_prompts(self.method, state.shared, personal, self.dataset.features[rows], self.method.dropout)
-        losses = self.fm.losses(soft.flatten(0, 1), *self.dataset.pairs(rows.ravel()))
+        losses = self.fm.losses(soft.flatten(0, 1), self.dataset.pairs(rows.ravel()))
         means = losses.nll.view(rows.shape).sum(dim=1) / losses.tokens.view(rows.shape).sum(dim=1)
         means.sum().backward()
         gradients = {name: tensor.grad for name, tensor in personal.items() if tensor.grad is not None}
@@ -220,7 +220,7 @@ class PopulationTrainer:
             figures = {}
             for kind, personal in (("start_nll", fresh), ("nll", own)):
                 soft = soft_prompts(self.method, self.state.shared, personal, self.dataset.features[rows][None])
-                losses = self.fm.losses(soft[0], *self.dataset.pairs(rows))
+                losses = self.fm.losses(soft[0], self.dataset.pairs(rows))
                 figures[kind] = round((losses.nll.sum() / losses.tokens.sum()).item(), 5)
             user, task = self.dataset.persons[self.state.person[slot]]
             _write(log, step=self.state.step, user=user, task=task, age=int(self.state.cohort.ages[slot]), **figures)

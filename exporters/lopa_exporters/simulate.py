@@ -49,7 +49,7 @@ def evaluate(
     """Score rows with personal tensors, with the start values when there are none, or with the plain model when `lopa` is None."""
     with torch.inference_mode():
         soft = None if lopa is None else lopa(dataset.features[list(rows)], personal)
-        losses = fm.losses(soft, *dataset.pairs(rows))
+        losses = fm.losses(soft, dataset.pairs(rows))
     return Scores((losses.nll.sum() / losses.tokens.sum()).item(), losses.exact.float().mean().item())
 
 
@@ -95,7 +95,7 @@ def _step(
 ) -> float:
     """One step on the mean over the batch's target tokens; returns that mean before it."""
     soft = soft_prompt(lopa.config, lopa.shared, parameters, dataset.features[rows])
-    losses = fm.losses(soft, *dataset.pairs(rows))
+    losses = fm.losses(soft, dataset.pairs(rows))
     mean = losses.nll.sum() / losses.tokens.sum()
     optimizer.zero_grad()
     mean.backward()

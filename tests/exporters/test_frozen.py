@@ -7,11 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from lopa_exporters.cohort import Cohort, StepSettings, soft_prompts
-from lopa_exporters.frozen import FrozenModel
+from lopa_exporters.frozen import FrozenModel, TokenPair
 from lopa_exporters.lopa import LoPA, soft_prompt
 
-PROMPTS = [[5, 6, 7], [9] * 20, [11, 12], [13, 14, 15, 16, 17]]
-TARGETS = [[8], [10, 11, 12], [13] * 9, [18, 19]]
+PAIRS = [
+    TokenPair([5, 6, 7], [8]),
+    TokenPair([9] * 20, [10, 11, 12]),
+    TokenPair([11, 12], [13] * 9),
+    TokenPair([13, 14, 15, 16, 17], [18, 19]),
+    TokenPair([4, 5], [6, 7], prefix=[21, 22, 23]),
+    TokenPair([], [9, 3], prefix=[24] * 13),
+]
 
 
 @pytest.fixture(scope="module")
@@ -21,27 +27,28 @@ def fm(fm_folder: Path) -> FrozenModel:
 
 def test_losses_and_gradients_are_those_of_each_pair_alone(fm: FrozenModel) -> None:
     fm = FrozenModel(fm.model, fm.tokenizer, fm.device, bf16=False, max_rows=3)
-    soft = (0.3 * torch.randn(4, 5, 32, generator=torch.Generator().manual_seed(0))).requires_grad_()
-    losses = fm.losses(soft, PROMPTS, TARGETS)
+    soft = (0.3 * torch.randn(6, 5, 32, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    losses = fm.losses(soft, PAIRS)
     losses.nll.sum().backward()
-    assert losses.tokens.tolist() == [1, 3, 9, 2]
-    for i, (prompt, target) in enumerate(zip(PROMPTS, TARGETS, strict=True)):
-        alone = soft.detach()[i : i + 1].clone().requires_grad_()
-        embeds = torch.cat((alone, fm.model.get_input_embeddings()(torch.tensor([[*prompt, *target]]))), dim=1)
-        labels = torch.tensor([[-100] * (5 + len(prompt)) + target])
-        mean = fm.model(inputs_embeds=embeds, labels=labels).loss
-        (len(target) * mean).backward()
-        assert losses.nll[i].item() == pytest.approx(len(target) * mean.item(), rel=1e-5)
+    assert losses.tokens.tolist() == [1, 3, 9, 2, 2, 2]
+    embed = fm.model.get_input_embeddings()
+    for i, pair in enumerate(PAIRS):
+        alone = soft.detach()[i].clone().requires_grad_()
+        before, behind = (embed(torch.tensor(ids, dtype=torch.long)) for ids in (pair.prefix, [*pair.prompt, *pair.target]))
+        labels = torch.tensor([[-100] * (len(pair.prefix) + 5 + len(pair.prompt)) + list(pair.target)])
+        mean = fm.model(inputs_embeds=torch.cat((before, alone, behind))[None], labels=labels).loss
+        (len(pair.target) * mean).backward()
+        assert losses.nll[i].item() == pytest.approx(len(pair.target) * mean.item(), rel=1e-5)
         assert soft.grad is not None
         assert alone.grad is not None
-        assert torch.allclose(soft.grad[i], alone.grad[0], atol=1e-5)
+        assert torch.allclose(soft.grad[i], alone.grad, atol=1e-5)
 
 
 def test_exact_means_that_greedy_decoding_gives_the_target(fm: FrozenModel) -> None:
-    prompt = torch.tensor([PROMPTS[0]])
+    prompt = torch.tensor([PAIRS[0].prompt])
     greedy = fm.model.generate(prompt, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=1)[0, 3:].tolist()
     wrong = [*greedy[:3], (greedy[3] + 1) % 300]
-    assert fm.losses(None, [PROMPTS[0]] * 2, [greedy, wrong]).exact.tolist() == [True, False]
+    assert fm.losses(None, [TokenPair(PAIRS[0].prompt, target) for target in (greedy, wrong)]).exact.tolist() == [True, False]
 
 
 def test_a_cohort_steps_each_person_as_if_alone(lopa: LoPA) -> None:
