@@ -3,8 +3,8 @@
     python training/encoder.py --corpus build/corpus --fm build/lopa_nano/model --out build/lopa_nano_encoder
 
 InfoNCE (van den Oord et al. 2018): two snippets of one file attract each other, the other files of the batch repel.
-Few repositories with many files each: telling apart the modules of one repository is what a user's filing task asks for. The result is a plain `AutoModel` folder; pooled (mean) and frozen it is what
-the LoPA heads read.
+Few repositories with many files each: telling apart the modules of one repository is what a user's filing task asks for.
+The result is a plain `AutoModel` folder; pooled (mean) and frozen it is what the LoPA heads read.
 """
 
 from __future__ import annotations
@@ -84,9 +84,7 @@ def contrast(features: Tensor, labels: Tensor) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, default=Path("build/corpus"))
-    parser.add_argument(
-        "--fm", type=Path, default=Path("build/lopa_nano/model"), help="its tokenizer; its token embeddings are the start"
-    )
+    parser.add_argument("--fm", type=Path, default=Path("build/lopa_nano/model"), help="its tokenizer; its token embeddings are the start")
     parser.add_argument("--out", type=Path, default=Path("build/lopa_nano_encoder"))
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--repos", type=int, default=4, help="per step")

@@ -18,7 +18,6 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 
-
 @dataclass(frozen=True)
 class TokenPair:
     """[prefix ; soft prompt ; prompt], and the target whose likelihood is measured. Prefix or prompt may be empty."""

@@ -30,7 +30,7 @@ def test_items_are_reproducible_and_disjoint(task: str) -> None:
     assert first == second
     assert len(first.tuning) >= 100
     assert len(first.test) >= 24
-    assert not {item.prompt for item in first.tuning} & {item.prompt for item in first.test}
+    assert not {item.text for item in first.tuning} & {item.text for item in first.test}
 
 
 def test_filing_tests_every_module_on_its_last_part() -> None:
@@ -42,7 +42,7 @@ def test_filing_tests_every_module_on_its_last_part() -> None:
     def lines(items: tuple[Item, ...]) -> dict[str, set[int]]:
         found: dict[str, set[int]] = {}
         for item in items:
-            numbers = [int(word.split("(")[0].split("_")[2]) for word in item.prompt.split("def ")[1:]]
+            numbers = [int(word.split("(")[0].split("_")[2]) for word in item.text.split("def ")[1:]]
             found.setdefault(item.target, set()).update(numbers)
         return found
 

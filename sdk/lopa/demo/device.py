@@ -28,7 +28,7 @@ VALIDATION, VALIDATE_EVERY = 0.1, 30
 
 
 def examples(items: Sequence[Item]) -> list[lopa.Example]:
-    return [lopa.Example(item.prompt, item.target, append_end=item.append_end) for item in items]
+    return [lopa.Example(item.prompt, item.target, append_end=item.append_end, prefix=item.prefix or None) for item in items]
 
 
 def nll_per_token(scores: Sequence[lopa.PairScore]) -> float:
@@ -38,7 +38,7 @@ def nll_per_token(scores: Sequence[lopa.PairScore]) -> float:
 
 def plain_scores(client: Client, items: Sequence[Item]) -> list[lopa.PairScore]:
     """What the plain model makes of each item."""
-    return client.score([lopa.Pair(item.prompt, item.target, append_end=item.append_end) for item in items])
+    return client.score([lopa.Pair(item.prompt, item.target, append_end=item.append_end, prefix=item.prefix or None) for item in items])
 
 
 def personal_scores(persona: Persona, items: Sequence[Item]) -> list[lopa.PairScore]:
@@ -51,14 +51,13 @@ def accuracy(client: Client, persona: Persona | None, data: TaskData) -> float:
 
     Without a persona: for the plain model.
     """
-    prompts = [item.prompt for item in data.test]
-    soft = [None] * len(prompts) if persona is None else list(persona.soft_prompts(prompts))
+    soft = [None] * len(data.test) if persona is None else list(persona.soft_prompts([item.text for item in data.test]))
     choices = [
-        lopa.Pair(prompt, label, append_end=True, soft_prompt=rows)
-        for prompt, rows in zip(prompts, soft, strict=True)
+        lopa.Pair(item.prompt, label, append_end=True, prefix=item.prefix or None, soft_prompt=rows)
+        for item, rows in zip(data.test, soft, strict=True)
         for label in data.labels
     ]
-    nll = [score.nll_sum for score in client.score(choices)]
+    nll = [score.nll_sum for score in client.score(choices, placement="front" if persona is None else persona.placement)]
     right, width = 0, len(data.labels)
     for at, item in enumerate(data.test):
         row = nll[at * width : (at + 1) * width]
@@ -78,8 +77,15 @@ def run_task(client: Client, folder: Path, data: TaskData, steps: int | None) ->
         say("step", user=data.user, task=data.task, step=progress.step, steps=progress.steps, nll=progress.loss)
 
     steps = steps or STEPS[data.task]
-    report = persona.tune(examples(data.tuning), steps=steps, validation=VALIDATION, validate_every=VALIDATE_EVERY, on_step=on_step)
     filing = data.task == "filing"
+    report = persona.tune(
+        examples(data.tuning),
+        steps=steps,
+        validation=VALIDATION,
+        validate_every=VALIDATE_EVERY,
+        placement="after_prefix" if filing else "front",
+        on_step=on_step,
+    )
     say(
         "done",
         user=data.user,

@@ -183,7 +183,10 @@ def _stream_together(speakers: Sequence[tuple[lopa.Persona | lopa.Client, Item]]
 
     def stream(speaker: lopa.Persona | lopa.Client, item: Item) -> int:
         barrier.wait()
-        return sum(len(delta.token_ids) for delta in speaker.stream(item.prompt, max_tokens=MIXED_TOKENS, ignore_end=True))
+        return sum(
+            len(delta.token_ids)
+            for delta in speaker.stream(item.prompt, prefix=item.prefix or None, max_tokens=MIXED_TOKENS, ignore_end=True)
+        )
 
     with ThreadPoolExecutor(len(speakers)) as pool:
         futures = [pool.submit(stream, speaker, item) for speaker, item in speakers]

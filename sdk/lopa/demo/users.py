@@ -4,7 +4,8 @@ No file of these packages reached lopa-nano, its encoder or its shared heads (tr
 
 - **completion**: the next lines of the user's code. Tuning and test items come from different files.
 - **filing**: which of the user's own modules is a snippet from? The answer is the module's name. Tuning items come from
-  the first part of every module, test items from the last, with a gap between them.
+  the first part of every module, test items from the last, with a gap between them. The soft prompt stands between the
+  snippet and the answer: what it has to steer is the answer alone, and the snippet's keys and values serve every step.
 """
 
 from __future__ import annotations
@@ -25,11 +26,17 @@ SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "_vendor", "__pycache
 
 @dataclass(frozen=True)
 class Item:
-    """One example. `append_end`: the target ends with the model's end token."""
+    """One example. `append_end`: the target ends with the model's end token. The soft prompt stands behind `prefix`, if there is one."""
 
     prompt: str
     target: str
     append_end: bool = False
+    prefix: str = ""
+
+    @property
+    def text(self) -> str:
+        """What the model and the prompt encoder read before the target."""
+        return self.prefix + self.prompt
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,7 @@ def _completion(user: str, modules: dict[str, str], sizes: TaskSizes, rng: rando
     test: list[Item] = []
     for name in names:
         (test if len(test) < wanted else tuning).extend(cut[name])
-    seen = {line.strip() for item in tuning for line in (item.prompt + item.target).splitlines()}
+    seen = {line.strip() for item in tuning for line in (item.text + item.target).splitlines()}
     test = [item for item in test if not _mostly_seen(item.target, seen)]
     return TaskData(user, "completion", _sample(tuning, sizes.max_tuning, rng), _sample(test, sizes.max_test, rng))
 
@@ -163,7 +170,7 @@ def _filing(user: str, modules: dict[str, str], sizes: TaskSizes, rng: random.Ra
 
 
 def _cut_snippets(text: str, label: str, sizes: TaskSizes) -> list[Item]:
-    return [Item(f"<|code|>{piece.rstrip()}<|file|>", label, append_end=True) for piece in _cut_lines(text, sizes.snippet_chars)]
+    return [Item("", label, append_end=True, prefix=f"<|code|>{piece.rstrip()}<|file|>") for piece in _cut_lines(text, sizes.snippet_chars)]
 
 
 def _cut_lines(text: str, chars: int) -> list[str]:
