@@ -34,24 +34,56 @@ class Example:
     """What the prompt encoder reads; None for the text of prefix and prompt. Needed with token ids."""
 
 
-ExampleLike = Example | tuple[Prompt, Target]
+Turns = Sequence[Message] | Sequence[Mapping[str, str]]
+"""A conversation: `Message`s, or mappings with role and content."""
+ExampleLike = Example | tuple[Prompt, Target] | Turns | Path
+"""What `tune` and `score` take: an Example, a (prompt, target) tuple, a conversation whose last turn is what should be said, or a
+file (see `lopa.sources.read_examples`)."""
 
 
 def as_examples(items: Iterable[ExampleLike]) -> list[Example]:
-    """Examples from Examples or (prompt, target) tuples.
+    """Examples from everything that `ExampleLike` names.
 
     Raises:
-        TuningError: an item is neither.
+        TuningError: an item is none of it, or a file can't be read as examples.
     """
-    examples = []
+    examples: list[Example] = []
     for i, item in enumerate(items):
         if isinstance(item, Example):
             examples.append(item)
-        elif isinstance(item, tuple) and len(item) == 2:
+        elif isinstance(item, Path):
+            from lopa.sources import read_examples
+
+            examples += read_examples(item)
+        elif isinstance(item, tuple) and len(item) == 2 and not isinstance(item[0], Message):
             examples.append(Example(*item))
+        elif isinstance(item, Sequence) and not isinstance(item, str | bytes):
+            examples.append(from_conversation(item, f"example {i}"))
         else:
-            raise TuningError(f"example {i} is {type(item).__name__}; an Example or a (prompt, target) tuple is needed")
+            raise TuningError(
+                f"example {i} is {type(item).__name__}; an Example, a (prompt, target) tuple, a conversation or a Path is needed"
+            )
     return examples
+
+
+def from_conversation(turns: Sequence[Any], where: str = "the conversation") -> Example:
+    """The last turn, which must be the assistant's, as the target of what was said before; its end is learnt too.
+
+    Raises:
+        TuningError: fewer than two turns, a turn without role and content, or another last turn.
+    """
+    plain = [turn if isinstance(turn, Message) else Message(turn["role"], turn["content"]) for turn in turns if _is_turn(turn)]
+    if len(plain) != len(turns) or len(plain) < 2 or plain[-1].role != "assistant":
+        raise TuningError(
+            f"{where} is not a conversation to learn from: two turns or more with role and content are needed, the last the assistant's"
+        )
+    return Example(plain[:-1], plain[-1].content, append_end=True)
+
+
+def _is_turn(turn: object) -> bool:
+    if isinstance(turn, Message):
+        return isinstance(turn.role, str) and isinstance(turn.content, str)
+    return isinstance(turn, Mapping) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
 
 
 def text_for_encoder(prompt: Prompt, given: str | None, prefix: str | Sequence[int] | None = None) -> str:
@@ -134,42 +166,3 @@ def _plain(value: Any) -> Any:
     return [
         [item.role, item.content] if isinstance(item, Message) else dict(item) if isinstance(item, Mapping) else int(item) for item in value
     ]
-
-
-_FIELDS = {"prompt", "target", "append_end", "prefix", "encoder_text"}
-
-
-def read_jsonl(path: Path) -> list[Example]:
-    """Examples from a file with one JSON object a line: prompt and target, optionally append_end, prefix, encoder_text.
-
-    Raises:
-        TuningError: a line that is not such an object; the message names file and line. Or the file can't be read.
-    """
-    examples = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON strings may hold U+2028
-    except (OSError, UnicodeDecodeError) as error:
-        raise TuningError(f"can't read {path}: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            examples.append(_parse_line(line, f"{path}:{number}"))
-    return examples
-
-
-def _parse_line(line: str, where: str) -> Example:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise TuningError(f"{where}: not JSON: {error}") from error
-    if not isinstance(row, dict) or not {"prompt", "target"} <= set(row) or set(row) - _FIELDS:
-        raise TuningError(f'{where}: one object with "prompt" and "target" is needed; {", ".join(sorted(_FIELDS))} are the fields known')
-    for name, kinds in (
-        ("prompt", str | list),
-        ("target", str | list),
-        ("append_end", bool),
-        ("prefix", str | list | None),
-        ("encoder_text", str | None),
-    ):
-        if name in row and not isinstance(row[name], kinds):
-            raise TuningError(f"{where}: {name} is of type {type(row[name]).__name__}")
-    return Example(**row)

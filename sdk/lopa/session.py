@@ -6,6 +6,7 @@ Legend: m soft-prompt rows, d hidden size of the foundation model (FM).
 from __future__ import annotations
 
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from google.protobuf.message import Message as ProtoMessage
 
 from lopa.config import ClientConfig
-from lopa.errors import Cancelled, ProtocolError, RemoteError
+from lopa.errors import Cancelled, InvalidRequest, ProtocolError, RemoteError
 from lopa.protocol import replies, requests
 from lopa.protocol.flow import (
     FETCH_BUNDLE,
@@ -125,8 +126,9 @@ class Session:
         model = yield from self.model()
         scores, priority = list[PairScore](), _priority(low_priority)
         for batch in self._batches(pairs, wire, model):
+            first = len(scores)
             request = inference_pb2.ScoreRequest(pairs=batch, fm_fingerprint=model.fingerprint, priority=priority)
-            reply = yield from self.call(SCORE, request, _or(wire.timeout, self.config.timeout))
+            reply = yield from _numbered(self.call(SCORE, request, _or(wire.timeout, self.config.timeout)), first)
             revision = yield from self.revision(_first_revision(reply.scores))
             scores += replies.check_scores(reply.scores, batch, revision)
         return scores
@@ -137,10 +139,11 @@ class Session:
         code = requests.dtype_code(wire.gradient_dtype, "gradient_dtype")
         gradients, priority = list[PairGradient](), _priority(low_priority)
         for batch in self._batches(pairs, wire, model, reply_dtype=code):
+            first = len(gradients)
             request = tuning_pb2.PromptGradientsRequest(
                 pairs=batch, gradient_dtype=code, fm_fingerprint=model.fingerprint, priority=priority
             )
-            reply = yield from self.call(PROMPT_GRADIENTS, request, _or(wire.timeout, self.config.timeout))
+            reply = yield from _numbered(self.call(PROMPT_GRADIENTS, request, _or(wire.timeout, self.config.timeout)), first)
             revision = yield from self.revision(_first_revision(reply.gradients))
             gradients += replies.check_gradients(reply.gradients, batch, revision, code)
         return gradients
@@ -253,6 +256,18 @@ def whole(flow: Flow[GenerationFlow]) -> Flow[Generation]:
     """Begin a generation and read it to its end."""
     generation = yield from flow
     return (yield from generation.to_end())
+
+
+def _numbered(flow: Flow[Result], first: int) -> Flow[Result]:
+    """Let a refusal name the pair by its place in the caller's list, not in the request of which `first` is the first."""
+    try:
+        return (yield from flow)
+    except InvalidRequest as error:
+        match = re.match(r"pairs\[(\d+)\]", error.field)
+        if match is not None and first:
+            old, new = match.group(0), f"pairs[{first + int(match.group(1))}]"
+            error.field, error.args = error.field.replace(old, new, 1), (str(error).replace(old, new, 1),)
+        raise
 
 
 def _priority(low: bool) -> common_pb2.Priority.ValueType:

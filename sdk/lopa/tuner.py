@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -224,7 +225,7 @@ class Tuner:
         except FactorsError as error:
             raise Diverged(str(error)) from error
         pairs, low = pairs_with(batch, soft), self._config.low_priority
-        return (yield from self._ask(lambda: self._session.prompt_gradients(pairs, self._wire, low_priority=low)))
+        return (yield from self._ask(lambda: self._session.prompt_gradients(pairs, self._wire, low_priority=low), pairs))
 
     def _validate(self, state: TuneState) -> Flow[None]:
         """Measure the factors as they would rest on disk, and keep them if they are the best so far."""
@@ -241,18 +242,25 @@ class Tuner:
         try:
             soft = yield from work(lambda: self._encoder.compose(self._validation.instance, factors.tensors))
             pairs, low = pairs_with(self._validation, soft), self._config.low_priority
-            scores = yield from self._ask(lambda: self._session.score(pairs, self._wire, low_priority=low))
+            scores = yield from self._ask(lambda: self._session.score(pairs, self._wire, low_priority=low), pairs)
         except (Diverged, FactorsError):
             return math.inf
         return sum(score.nll_sum for score in scores) / sum(score.target_tokens for score in scores)
 
-    def _ask(self, call: Callable[[], Flow[Result]]) -> Flow[Result]:
-        """Call the server, patiently. A soft prompt that it finds too large is the run's own doing: Diverged."""
+    def _ask(self, call: Callable[[], Flow[Result]], pairs: Sequence[Pair]) -> Flow[Result]:
+        """Call the server, patiently. A soft prompt that it finds too large is the run's own doing: Diverged.
+
+        Raises:
+            TuningError: an example that it refuses; the message shows which.
+        """
         try:
             return (yield from self._patience.keep_trying(call, lambda error: self._tell(self._last, str(error))))
         except InvalidRequest as error:
             if error.reason in _OUT_OF_RANGE:
                 raise Diverged(str(error)) from error
+            if match := re.match(r"pairs\[(\d+)\]", error.field):
+                text = str(pairs[int(match.group(1))].prompt or pairs[int(match.group(1))].prefix)[:60]
+                raise TuningError(f"the server refuses the example {text!r}: {error}; shorten it or leave it out") from error
             raise
 
     def _with(self, tensors: Tensors) -> Factors:

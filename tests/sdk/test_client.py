@@ -132,6 +132,13 @@ def test_many_pairs_split_into_requests_and_keep_their_order(client: lopa.Client
         np.testing.assert_allclose(one.gradient, other.gradient, rtol=1e-3, atol=1e-5)
 
 
+def test_a_refusal_names_the_pair_by_its_place_in_the_callers_list(client: lopa.Client) -> None:
+    pairs = [lopa.Pair("x", "y", SOFT)] * 5 + [lopa.Pair("x", "", SOFT)]
+    with pytest.raises(lopa.InvalidRequest, match=r"^pairs\[5\].target") as caught:
+        client.prompt_gradients(pairs, max_pairs=2)
+    assert caught.value.field.startswith("pairs[5].target")
+
+
 def test_traffic_counts_what_was_sent(client: lopa.Client) -> None:
     twin, before = client.metered(), client.traffic
     twin.score([lopa.Pair("a", "b", SOFT)])

@@ -16,10 +16,11 @@ import pytest
 from lopa.bundle import MANIFEST, Bundle, Manifest, TensorSpec, TuningDefaults, extract_archive
 from lopa.encoder import Moments, PromptEncoder
 from lopa.errors import BundleError, FactorsError, FolderError, InvalidRequest, TuningError
-from lopa.examples import read_jsonl, text_for_encoder
+from lopa.examples import text_for_encoder
 from lopa.factors import Factors
 from lopa.folder import PersonaStore, personas
 from lopa.protocol.requests import prompt_message, target_message
+from lopa.sources import read_jsonl
 from lopa.tune_state import Progress, TuneState, load_state
 
 DEEP = "[" * 200_000

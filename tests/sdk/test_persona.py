@@ -173,6 +173,8 @@ def test_foreign_bundle_and_foreign_model_are_refused(
         (EXAMPLES, {"steps": 0}, "steps"),
         (EXAMPLES, {"learning_rate": float("nan")}, "learning_rate"),
         (["text"], {}, "example 0"),
+        ([], {}, "0 examples"),
+        ([("x", "y" * 3000)] * 3, {}, "shorten it or leave it out"),
     ],
 )
 def test_what_cannot_be_tuned_on_is_said(

@@ -29,8 +29,10 @@ class Scripted(catalog_pb2_grpc.CatalogServicer, inference_pb2_grpc.InferenceSer
         self.fingerprint, self.known_revision, self.revision = "ab" * 32, "1", "1"
         self.digest: bytes | None = None
 
-    def GetModel(self, request: object, context: object) -> catalog_pb2.ModelInfo:
-        del request, context
+    def GetModel(self, request: object, context: grpc.ServicerContext) -> catalog_pb2.ModelInfo:
+        del request
+        self.metadata = dict(context.invocation_metadata())
+        self.peer = context.auth_context().get("x509_common_name")
         limits = catalog_pb2.Limits(max_pairs=8, max_message_bytes=1 << 20, max_virtual_tokens=64)
         return catalog_pb2.ModelInfo(fingerprint=self.fingerprint, revision=self.known_revision, hidden_size=4, limits=limits)
 
@@ -120,17 +122,51 @@ def test_a_restarted_server_of_another_version_is_asked_once_more() -> None:
             client.score([lopa.Pair("x", "y", SOFT)])
 
 
+def test_a_token_goes_with_every_call_and_never_in_the_open() -> None:
+    servicer, tokens = Scripted(["a"]), iter(["one", "two", "three"])
+    with playing(servicer) as address, lopa.connect(address, token=lambda: next(tokens)) as client:
+        assert servicer.metadata["authorization"] == "Bearer one"
+        client.refresh()
+        assert servicer.metadata["authorization"] == "Bearer two"
+    for token, address in (("key", "example.com:443"), ("kéy", "localhost:1"), ("", "localhost:1")):
+        with pytest.raises(lopa.InvalidRequest, match="token") as caught:
+            lopa.connect(address, token=token)
+        assert caught.value.field == "token" and (not token or token not in repr(caught.value))
+
+
+def certificate(folder: Path, name: str) -> tuple[Path, Path]:
+    """A self-signed certificate for `name`, and its key."""
+    key, path = folder / f"{name}.key.pem", folder / f"{name}.pem"
+    names = ["-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-keyout", str(key), "-out", str(path)]
+    subprocess.run([*command, *names], check=True, capture_output=True)
+    return key, path
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificates with the openssl command")
+def test_mutual_tls(tmp_path: Path) -> None:
+    (key, own), (device_key, device) = certificate(tmp_path, "localhost"), certificate(tmp_path, "device")
+    pair = [(key.read_bytes(), own.read_bytes())]
+    identity = grpc.ssl_server_credentials(pair, root_certificates=device.read_bytes(), require_client_auth=True)
+    servicer, config = Scripted(), lopa.ClientConfig(connect_timeout=5.0, retry=RetryPolicy(attempts=1))
+    with playing(servicer, identity) as address:
+        with lopa.connect(address, tls=lopa.Tls.from_files(roots=own, key=device_key, chain=device), token="key", config=config):
+            assert servicer.peer == [b"device"] and servicer.metadata["authorization"] == "Bearer key"
+        with pytest.raises(lopa.Unavailable):
+            lopa.connect(address, tls=lopa.Tls.from_files(roots=own), config=config)
+        for wrong in ({"roots": tmp_path / "none.pem"}, {"roots": own, "key": device_key}):
+            with pytest.raises(lopa.InvalidRequest, match="tls"):
+                lopa.connect(address, tls=lopa.Tls.from_files(**wrong), config=config)
+
+
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with the openssl command")
 def test_tls(tmp_path: Path) -> None:
     """A certificate made here: with it as root the call passes, with the system's roots or without TLS it does not."""
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run([*command, *names], check=True, capture_output=True)
-    identity = grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
+    key, root = certificate(tmp_path, "localhost")
+    identity = grpc.ssl_server_credentials([(key.read_bytes(), root.read_bytes())])
     config = lopa.ClientConfig(connect_timeout=5.0, retry=RetryPolicy(attempts=1))
     with playing(Scripted(), identity) as address:
-        trusted = grpc.ssl_channel_credentials(certificate.read_bytes())
+        trusted = grpc.ssl_channel_credentials(root.read_bytes())
         with lopa.connect(address, tls=trusted, config=config) as client:
             assert client.model.hidden_size == 4
         for tls in (True, False):

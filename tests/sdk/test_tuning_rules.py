@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from lopa.bundle import Bundle
-from lopa.examples import batch, digest, permutation, read_jsonl, split, text_for_encoder
+from lopa.examples import as_examples, batch, digest, permutation, split, text_for_encoder
+from lopa.sources import read_examples, read_jsonl, text_examples
 from lopa.tuning import TuneConfig, TuneOptions
 from lopa.values import SamplingOptions
 
@@ -101,6 +102,40 @@ def test_examples_from_a_file(tmp_path: Path) -> None:
     rows = [{"prompt": "a\u2028b", "target": "c"}, {"prompt": [1, 2], "target": [3], "append_end": True, "encoder_text": "x"}]
     path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
     assert read_jsonl(path) == [lopa.Example("a\u2028b", "c"), lopa.Example([1, 2], [3], append_end=True, encoder_text="x")]
+
+
+def test_conversations(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    wanted = lopa.Example([lopa.Message("user", "hi")], "hello", append_end=True)
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"messages": turns}) + "\n")
+    assert as_examples([turns, [lopa.Message(**turn) for turn in turns], path]) == [wanted] * 3
+    for bad in ([], turns[:1], turns[::-1], [{"role": "user"}, turns[1]], [*turns, 5]):
+        with pytest.raises(lopa.TuningError, match="not a conversation"):
+            as_examples([bad])  # type: ignore[list-item]
+
+
+@given(st.text(st.characters(codec="utf-8"), max_size=400), st.integers(1, 60), st.integers(1, 60))
+def test_plain_text_is_cut_without_loss(text: str, prompt: int, target: int) -> None:
+    try:
+        examples = text_examples(text, prompt_characters=prompt, target_characters=target)
+    except lopa.TuningError:
+        assert len(text) <= target or len(text.strip()) <= target
+        return
+    for example in examples:
+        assert 0 < len(str(example.prompt)) <= prompt and 0 < len(str(example.target)) <= target
+        assert f"{example.prompt}{example.target}" in text
+
+
+def test_what_no_file_can_teach(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 200)
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    (tmp_path / "short.md").write_text("hello\n")
+    assert read_examples(tmp_path / "empty.jsonl") == []
+    for name, words in {"latin.txt": "not UTF-8", "short.md": "too short", "nothing.txt": "No such file"}.items():
+        with pytest.raises(lopa.TuningError, match=words) as caught:
+            read_examples(tmp_path / name)
+        assert name in str(caught.value)
 
 
 @pytest.mark.parametrize(

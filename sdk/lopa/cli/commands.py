@@ -46,7 +46,13 @@ def tune(
     folder: Folder,
     examples: Annotated[
         Path,
-        typer.Argument(metavar="EXAMPLES", help='JSON lines with "prompt" and "target".', exists=True, dir_okay=False, show_default=False),
+        typer.Argument(
+            metavar="EXAMPLES",
+            help='JSON lines with "prompt" and "target" or "messages", or a plain text file.',
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+        ),
     ],
     persona: PersonaName = "default",
     validation: Annotated[
@@ -65,11 +71,11 @@ def tune(
 ) -> None:
     """Teach a persona from examples. Interrupted, the same command goes on where it stopped."""
     import lopa
-    from lopa.examples import read_jsonl
+    from lopa.sources import read_examples
     from lopa.tuning import TuneOptions
 
     try:
-        learn, measure = read_jsonl(examples), read_jsonl(validation) if validation else None
+        learn, measure = read_examples(examples), read_examples(validation) if validation else None
     except lopa.TuningError as error:
         usage_error(str(error))
     options: TuneOptions = {"seed": seed, "patience": patience, "placement": placement}
