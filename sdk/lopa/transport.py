@@ -71,6 +71,10 @@ REASONS: Mapping[Reason, type[RemoteError]] = {
     Reason.DRAINING: Unavailable,
     Reason.MESSAGE_TOO_LARGE: InvalidRequest,
     Reason.MALFORMED_REQUEST: InvalidRequest,
+    Reason.NO_CREDENTIALS: Unauthenticated,
+    Reason.INVALID_CREDENTIALS: Unauthenticated,
+    Reason.EXPIRED_CREDENTIALS: Unauthenticated,
+    Reason.MISSING_SCOPE: PermissionDenied,
     Reason.INTERNAL: ServerError,
 }
 """Every reason of the catalogue; it says more than the status, so it wins."""

@@ -24,6 +24,11 @@ from lopa.v1 import catalog_pb2_grpc, inference_pb2_grpc, tuning_pb2_grpc
 
 from lopa_server.config import ConfigError, ServerConfig
 from lopa_server.engine.base import EngineSpec
+from lopa_server.identity.authenticator import Authenticator
+from lopa_server.identity.interceptor import Door
+from lopa_server.identity.keys import KeyFileError
+from lopa_server.identity.tls import CertificateError, CertificateFiles
+from lopa_server.identity.tokens import JwksError
 from lopa_server.service.catalog import CatalogHandler, PublishedBundle, model_revision
 from lopa_server.service.decoding import TolerantDecoding
 from lopa_server.service.gate import Gate, State
@@ -39,6 +44,7 @@ __all__ = ["ConfigError", "RunningServer", "ServerApp", "ServerConfig", "start_s
 
 log = logging.getLogger(__name__)
 
+HEALTH_CALLS = 64
 ABORT_SECONDS = 1.0
 """After the drain bound: time for the last error statuses to reach their clients."""
 
@@ -52,6 +58,8 @@ class ServerApp:
         self._config = config
         self.address = ""
         """host:port, once started."""
+        self.health_address = ""
+        """The same of the port for probes, when there is one."""
         self.engine: TorchEngine | None = None
         """The running engine, once started."""
         self.broken = asyncio.Event()
@@ -62,6 +70,7 @@ class ServerApp:
         self._health = health.aio.HealthServicer()
         self._handlers = Handlers()
         self._server: grpc.aio.Server | None = None
+        self._health_server: grpc.aio.Server | None = None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._ready_file: Path | None = None
         """Set once it is ours: a failed start must not remove what another server wrote."""
@@ -80,6 +89,7 @@ class ServerApp:
         """
         try:
             await self._bind()
+            await self._bind_health()
             await self._load()
             self._state(State.SERVING)
             await self._set_health(health_pb2.HealthCheckResponse.SERVING)
@@ -100,7 +110,7 @@ class ServerApp:
     async def _bind(self) -> None:
         self._gate = Gate(self._config.limits.max_message_bytes)
         server = grpc.aio.server(
-            interceptors=[TolerantDecoding(NAMES)],
+            interceptors=[*await self._doors(), TolerantDecoding(NAMES)],
             options=_channel_options(self._config.limits.max_message_bytes),
             maximum_concurrent_rpcs=self._config.call_bound,
         )
@@ -112,12 +122,50 @@ class ServerApp:
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         host = self._config.host
         try:
-            port = server.add_insecure_port(f"{host}:{self._config.port}")
+            port = self._add_port(server, f"{host}:{self._config.port}")
         except RuntimeError as error:
             raise ConfigError(f"can't listen on {host}:{self._config.port}: {error}") from error
         self.address = f"{host}:{port}"
         await server.start()
         self._server = server
+
+    async def _doors(self) -> list[grpc.aio.ServerInterceptor]:
+        """What keeps strangers out, where identity is on."""
+        if not self._config.access.identified:
+            return []
+        authenticator = Authenticator(self._config.access)
+        try:
+            await authenticator.start()
+        except (KeyFileError, JwksError) as error:
+            raise ConfigError(str(error)) from error
+        return [Door(authenticator)]
+
+    def _add_port(self, server: grpc.aio.Server, address: str) -> int:
+        if not self._config.access.encrypted:
+            return server.add_insecure_port(address)
+        try:
+            return server.add_secure_port(address, CertificateFiles(self._config.access).credentials())
+        except CertificateError as error:
+            raise ConfigError(str(error)) from error
+
+    async def _bind_health(self) -> None:
+        """The port for probes: liveness only, the same answers."""
+        if self._config.health_port is None:
+            return
+        server = grpc.aio.server(options=_channel_options(1 << 10), maximum_concurrent_rpcs=HEALTH_CALLS)
+        check = grpc.unary_unary_rpc_method_handler(
+            self._health.Check,
+            request_deserializer=health_pb2.HealthCheckRequest.FromString,
+            response_serializer=health_pb2.HealthCheckResponse.SerializeToString,
+        )
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(health.SERVICE_NAME, {"Check": check}),))
+        wanted = f"{self._config.host}:{self._config.health_port}"
+        try:
+            self.health_address = f"{self._config.host}:{server.add_insecure_port(wanted)}"
+        except RuntimeError as error:
+            raise ConfigError(f"can't listen on {wanted} for health checks: {error}") from error
+        await server.start()
+        self._health_server = server
 
     async def _load(self) -> None:
         bundle = await asyncio.to_thread(_open_bundle, self._config)
@@ -170,6 +218,9 @@ class ServerApp:
         if self._server is not None:
             await self._server.stop(ABORT_SECONDS)
             self._server = None
+        if self._health_server is not None:
+            await self._health_server.stop(0)
+            self._health_server = None
         if hasattr(self._handlers, "requests"):
             self._handlers.requests.close()
         if self._temporary is not None:

@@ -14,6 +14,7 @@ from lopa.cli.output import fail
 
 from lopa_server.config import ConfigError, ServerConfig
 from lopa_server.engine.base import UnsupportedModel
+from lopa_server.identity.config import AccessConfig
 from lopa_server.limits import ServiceLimits
 from lopa_server.models import nano_bundle_folder, nano_folder
 
@@ -36,7 +37,24 @@ def serve(
     threads: Annotated[int | None, typer.Option(help="CPU threads for torch. Default: torch's own choice.")] = None,
     drain_seconds: Annotated[float, typer.Option(help="How long running calls may take after SIGTERM.")] = DEFAULTS.drain_seconds,
     ready_file: Annotated[Path | None, typer.Option(help="File that gets host:port once the server is ready.")] = None,
-    insecure_listen: Annotated[bool, typer.Option(help="Listen beyond this machine, unencrypted and unauthenticated.")] = False,
+    tls_certificate: Annotated[
+        Path | None, typer.Option(help="Certificate chain, PEM: serve with TLS. Read again when it changes.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Private key of the certificate, PEM.")] = None,
+    client_ca: Annotated[Path | None, typer.Option(help="Mutual TLS: clients need a certificate signed by these, PEM.")] = None,
+    identify_by_certificate: Annotated[
+        bool, typer.Option(help="Without a bearer credential, the client certificate's name is the tenant.")
+    ] = False,
+    keys: Annotated[Path | None, typer.Option(help="API keys are needed: a file made by `lopa keys`.")] = None,
+    jwks: Annotated[str | None, typer.Option(help="Tokens are accepted: public keys of their issuer, a file or https URL.")] = None,
+    issuer: Annotated[str | None, typer.Option(help="Issuer (iss) of tokens.")] = None,
+    audience: Annotated[str | None, typer.Option(help="Audience (aud) of tokens.")] = None,
+    tenant_claim: Annotated[str, typer.Option(help="Claim of a token that names the tenant.")] = DEFAULTS.access.tenant_claim,
+    scope_claim: Annotated[str, typer.Option(help="Claim of a token that holds its scopes.")] = DEFAULTS.access.scope_claim,
+    health_port: Annotated[int | None, typer.Option(help="One more port that answers only health checks, in plain text.")] = None,
+    insecure_listen: Annotated[
+        bool, typer.Option(help="Listen beyond this machine although something of encryption and identity is off.")
+    ] = False,
 ) -> None:
     """Serve one frozen model to everybody. Ends with SIGTERM or Ctrl-C, after running calls have finished."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -48,6 +66,19 @@ def serve(
         host=host,
         port=port,
         insecure_listen=insecure_listen,
+        access=AccessConfig(
+            keys=keys,
+            jwks=jwks,
+            issuer=issuer,
+            audience=audience,
+            tenant_claim=tenant_claim,
+            scope_claim=scope_claim,
+            certificate=tls_certificate,
+            key=tls_key,
+            client_ca=client_ca,
+            client_certificates_identify=identify_by_certificate,
+        ),
+        health_port=health_port,
         dtype=dtype,
         device=device,
         threads=threads,
@@ -62,7 +93,12 @@ def serve(
     )
     try:
         asyncio.run(_serve(config))
-    except (ConfigError, UnsupportedModel, OSError) as error:
+    except ConfigError as error:
+        problems = str(error).splitlines()
+        for problem in problems[:-1]:
+            typer.echo(f"lopa: {problem}", err=True)
+        fail(problems[-1])
+    except (UnsupportedModel, OSError) as error:
         fail(str(error))
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lopa_server.identity.config import AccessConfig
 from lopa_server.limits import ServiceLimits
 
 DTYPES = ("float32", "bfloat16")
 DEFAULT_CALLS = 1024
+COUNTS = ("max_batch", "max_waiting", "max_waiting_pairs", "max_calls", "step_positions", "block_size", "kv_memory_mib", "threads")
+"""Settings that must be at least 1 where they are given."""
 
 
 class ConfigError(ValueError):
-    """Settings that don't fit together, or don't fit this machine or model. The message says what to do."""
+    """Settings that don't fit together, or don't fit this machine or model. The message says what to do, one line a problem."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,10 @@ class ServerConfig:
     """MiB for the key-value pool and the prefix cache in it; one full context at least. None: 40 % of the free memory, on
     a CPU 4 GiB at most."""
     limits: ServiceLimits = field(default_factory=ServiceLimits)
+    access: AccessConfig = field(default_factory=AccessConfig)
+    """Who may call, and encryption."""
+    health_port: int | None = None
+    """One more port, plain text, that answers liveness probes and nothing else; 0: any free one. For probes that speak no TLS."""
     drain_seconds: float = 30.0
     """How long running calls may take to finish after SIGTERM."""
     ready_file: Path | None = None
@@ -65,34 +73,39 @@ class ServerConfig:
         return self.max_calls or max(DEFAULT_CALLS, 2 * (self.max_batch + self.max_waiting))
 
     def check(self) -> None:
-        """Raises ConfigError for values that can't work."""
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port is {self.port}; it must be from 0 to 65535")
-        for name in (
-            "max_batch",
-            "max_waiting",
-            "max_waiting_pairs",
-            "max_calls",
-            "step_positions",
-            "block_size",
-            "kv_memory_mib",
-            "threads",
-        ):
+        """Raises ConfigError with everything that can't work, one line each."""
+        problems = [*self._ranges(), *self.access.problems(), *self._exposure()]
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+    def _ranges(self) -> Iterator[str]:
+        for name in ("port", "health_port"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 65535:
+                yield f"{name} is {value}; it must be from 0 to 65535"
+        for name in COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
+                yield f"{name} is {value}; it must be at least 1"
         if self.dtype not in (None, *DTYPES):
-            raise ConfigError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
+            yield f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}"
         if self.drain_seconds < 0:
-            raise ConfigError(f"drain_seconds is {self.drain_seconds}; it can't be negative")
+            yield f"drain_seconds is {self.drain_seconds}; it can't be negative"
         if self.limits.max_virtual_tokens < 1:
-            raise ConfigError(f"max_virtual_tokens is {self.limits.max_virtual_tokens}; it must be at least 1")
+            yield f"max_virtual_tokens is {self.limits.max_virtual_tokens}; it must be at least 1"
         if self.ready_file is not None and not self.ready_file.parent.is_dir():
-            raise ConfigError(f"can't write the ready file {self.ready_file}: there is no folder {self.ready_file.parent}")
-        if not self.insecure_listen and not is_loopback(self.host):
-            raise ConfigError(
-                f"{self.host} is reachable from other machines, and this server neither encrypts nor authenticates: "
-                "use 127.0.0.1, or allow it with insecure_listen (--insecure-listen) behind something that does"
+            yield f"can't write the ready file {self.ready_file}: there is no folder {self.ready_file.parent}"
+
+    def _exposure(self) -> Iterator[str]:
+        """Beyond this machine: encrypted and for known callers only, or with a flag that says otherwise."""
+        if self.insecure_listen or is_loopback(self.host):
+            return
+        missing = [] if self.access.encrypted else ["is not encrypted (--tls-certificate, --tls-key)"]
+        missing += [] if self.access.identified else ["lets everybody in (--keys, --jwks or --client-ca with --identify-by-certificate)"]
+        if missing:
+            yield (
+                f"{self.host} is reachable from other machines, and this server {' and '.join(missing)}: use 127.0.0.1, "
+                "or allow it with insecure_listen (--insecure-listen) behind something that encrypts and authenticates"
             )
 
 

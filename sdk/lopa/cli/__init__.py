@@ -1,4 +1,5 @@
-"""The command `lopa`. Commands of other parts join through the entry-point group "lopa.commands": plain functions with typer annotations.
+"""The command `lopa`. Commands of other parts join through the entry-point group "lopa.commands": plain functions with typer annotations,
+or a typer application where a command has commands of its own.
 
 Listing the commands imports none of them; a command's parts are imported when it runs.
 """
@@ -21,7 +22,7 @@ from lopa.cli.output import fail
 from lopa.errors import LopaError
 
 GROUP = "lopa.commands"
-EXTRAS = {"serve": "server", "export": "export", "demo": "demo"}
+EXTRAS = {"serve": "server", "keys": "server", "export": "export", "demo": "demo"}
 """What to install for commands whose parts are not in the plain package."""
 OWN: Sequence[Callable[..., None]] = (commands.info, generate, commands.tune, commands.history, commands.rollback)
 
@@ -54,7 +55,8 @@ def build_app(selected: str) -> typer.Typer:
         app.command()(own)
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
         if entry.name == selected:
-            app.command(entry.name)(entry.load())
+            loaded = entry.load()
+            app.add_typer(loaded, name=entry.name) if isinstance(loaded, typer.Typer) else app.command(entry.name)(loaded)
         else:
             app.command(entry.name, help=summary(entry))(_placeholder)
     return app
@@ -95,10 +97,12 @@ def summary(entry: EntryPoint) -> str:
 
 
 def _docstring(path: Path, function: str) -> str:
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    """A function's; a module's where the command is a group of its functions."""
+    module = ast.parse(path.read_text(encoding="utf-8"))
+    for node in module.body:
         if isinstance(node, ast.FunctionDef) and node.name == function:
             return (ast.get_docstring(node) or "").partition("\n\n")[0]
-    return ""
+    return (ast.get_docstring(module) or "").partition("\n\n")[0]
 
 
 if __name__ == "__main__":

@@ -40,6 +40,10 @@ class Reason(Enum):
     DRAINING = "DRAINING"
     MESSAGE_TOO_LARGE = "MESSAGE_TOO_LARGE"
     MALFORMED_REQUEST = "MALFORMED_REQUEST"
+    NO_CREDENTIALS = "NO_CREDENTIALS"
+    INVALID_CREDENTIALS = "INVALID_CREDENTIALS"
+    EXPIRED_CREDENTIALS = "EXPIRED_CREDENTIALS"
+    MISSING_SCOPE = "MISSING_SCOPE"
     INTERNAL = "INTERNAL"
 
 
@@ -80,6 +84,12 @@ CATALOGUE: Mapping[Reason, Entry] = {
     ),
     Reason.MESSAGE_TOO_LARGE: Entry(grpc.StatusCode.RESOURCE_EXHAUSTED, "{field} has {found} bytes; the limit is {limit}"),
     Reason.MALFORMED_REQUEST: Entry(_INVALID, "{field} can't be decoded as the message that {limit} takes"),
+    Reason.NO_CREDENTIALS: Entry(
+        grpc.StatusCode.UNAUTHENTICATED, "this server wants credentials: send `authorization: Bearer` with an API key or a token"
+    ),
+    Reason.INVALID_CREDENTIALS: Entry(grpc.StatusCode.UNAUTHENTICATED, "the credentials are not valid here"),
+    Reason.EXPIRED_CREDENTIALS: Entry(grpc.StatusCode.UNAUTHENTICATED, "the credentials have expired"),
+    Reason.MISSING_SCOPE: Entry(grpc.StatusCode.PERMISSION_DENIED, "{field} needs the scope {limit}, which these credentials don't have"),
     Reason.INTERNAL: Entry(grpc.StatusCode.INTERNAL, "internal error; the server's log has the detail under request id {found}"),
 }
 

@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 from grpc_status import rpc_status
 from lopa.wire.errors import Reason, WireError
 
+from lopa_server.identity.caller import Caller, current_caller
 from lopa_server.service.decoding import Undecodable
 from lopa_server.service.status import status_for
 
@@ -33,13 +34,13 @@ class Gate:
         self._empty.set()
 
     @contextlib.asynccontextmanager
-    async def call(self, request: Message | Undecodable, context: Any) -> AsyncIterator[None]:
-        """Around a call's body. An exception inside ends the call with the status that belongs to it."""
+    async def call(self, request: Message | Undecodable, context: Any) -> AsyncIterator[Caller]:
+        """Around a call's body; gives who calls. An exception inside ends the call with the status that belongs to it."""
         self._inside += 1
         self._empty.clear()
         try:
             self._check(request)
-            yield
+            yield current_caller()
         except Exception as error:
             await context.abort_with_status(rpc_status.to_status(status_for(error)))
         finally:

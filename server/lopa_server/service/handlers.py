@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
+import secrets
 from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -14,8 +15,9 @@ from lopa.v1 import common_pb2 as pb
 from lopa.v1 import inference_pb2, tuning_pb2
 from lopa.wire.tensors import encode_rows
 
-from lopa_server.engine.base import Delta, Engine, Finish, GenerateRequest, PairResult, TokenLogprobs
+from lopa_server.engine.base import Delta, Engine, Finish, GenerateRequest, PairRequest, PairResult, TokenLogprobs
 from lopa_server.engine.randomness import continuation_seed
+from lopa_server.identity.caller import Caller, cache_salt
 from lopa_server.service.continuations import interleaved
 from lopa_server.validation.requests import Applied, CheckedGenerate, CheckedPair, RequestChecker
 
@@ -32,11 +34,12 @@ FINISH = {
 class RequestHandlers:
     """Generate, Score and PromptGradients over any engine."""
 
-    def __init__(self, engine: Engine, checker: RequestChecker, revision: str) -> None:
-        """revision: ModelInfo.revision, for the receipts."""
+    def __init__(self, engine: Engine, checker: RequestChecker, revision: str, salt_secret: bytes | None = None) -> None:
+        """revision: ModelInfo.revision, for the receipts. salt_secret: what cache salts are made with; None draws one."""
         self._engine = engine
         self._checker = checker
         self._revision = revision
+        self._salt_secret = salt_secret or secrets.token_bytes(32)
         self._numbers = itertools.count(1)
         self._checking = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lopa-validation")
 
@@ -48,10 +51,12 @@ class RequestHandlers:
         """Validate beside the loop: tokenizing a long text must not delay other calls' streams or health checks."""
         return await asyncio.get_running_loop().run_in_executor(self._checking, check, request)
 
-    async def generate(self, request: inference_pb2.GenerateRequest) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+    async def generate(
+        self, request: inference_pb2.GenerateRequest, caller: Caller
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         """The stream of deltas; usage and receipt in the last one."""
         checked = await self._check(self._checker.generate, request)
-        streams = [self._engine.generate(work) for work in self._works(checked)]
+        streams = [self._engine.generate(work) for work in self._works(checked, caller)]
         generated, going = 0, len(streams)
         async with contextlib.aclosing(interleaved(streams)) as deltas:
             async for index, delta in deltas:
@@ -62,20 +67,25 @@ class RequestHandlers:
                     self._complete(response, checked, generated)
                 yield response
 
-    def _works(self, checked: CheckedGenerate) -> list[GenerateRequest]:
+    def _works(self, checked: CheckedGenerate, caller: Caller) -> list[GenerateRequest]:
         """One request to the engine for each continuation, with a seed of its own."""
         number, sampling = next(self._numbers), checked.sampling
+        salt = cache_salt(self._salt_secret, caller.tenant)
         return [
             GenerateRequest(
-                f"generate-{number}.{index}", checked.input, dataclasses.replace(sampling, seed=continuation_seed(sampling.seed, index))
+                f"generate-{number}.{index}",
+                checked.input,
+                dataclasses.replace(sampling, seed=continuation_seed(sampling.seed, index)),
+                tenant=caller.tenant,
+                cache_salt=salt,
             )
             for index in range(checked.continuations)
         ]
 
-    async def score(self, request: inference_pb2.ScoreRequest) -> inference_pb2.ScoreResponse:
+    async def score(self, request: inference_pb2.ScoreRequest, caller: Caller) -> inference_pb2.ScoreResponse:
         """Likelihoods in the order of the request."""
         checked = await self._check(self._checker.score, request)
-        results = await self._engine.score([pair.pair for pair in checked])
+        results = await self._engine.score(self._salted(checked, caller))
         response = inference_pb2.ScoreResponse()
         for result, pair in zip(results, checked, strict=True):
             response.scores.append(
@@ -83,12 +93,16 @@ class RequestHandlers:
             )
         return response
 
-    async def prompt_gradients(self, request: tuning_pb2.PromptGradientsRequest) -> tuning_pb2.PromptGradientsResponse:
+    async def prompt_gradients(self, request: tuning_pb2.PromptGradientsRequest, caller: Caller) -> tuning_pb2.PromptGradientsResponse:
         """Likelihoods and gradients in the order of the request."""
         checked = await self._check(self._checker.gradients, request)
-        results = await self._engine.prompt_gradients([pair.pair for pair in checked.pairs])
+        results = await self._engine.prompt_gradients(self._salted(checked.pairs, caller))
         messages = await self._check(lambda pairs: self._gradient_messages(pairs, results, checked.dtype), checked.pairs)
         return tuning_pb2.PromptGradientsResponse(gradients=messages)
+
+    def _salted(self, pairs: Iterable[CheckedPair], caller: Caller) -> list[PairRequest]:
+        salt = cache_salt(self._salt_secret, caller.tenant)
+        return [dataclasses.replace(checked.pair, cache_salt=salt) for checked in pairs]
 
     def _gradient_messages(
         self, pairs: Iterable[CheckedPair], results: Iterable[PairResult], dtype: pb.DType

@@ -48,13 +48,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._gate, self._handlers = gate, handlers
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Any) -> None:
-        async with self._gate.call(request, context), aclosing(self._handlers.requests.generate(request)) as responses:
+        async with self._gate.call(request, context) as caller, aclosing(self._handlers.requests.generate(request, caller)) as responses:
             async for response in responses:
                 await context.write(response)
 
     async def Score(self, request: inference_pb2.ScoreRequest, context: Any) -> inference_pb2.ScoreResponse:
-        async with self._gate.call(request, context):
-            return await self._handlers.requests.score(request)
+        async with self._gate.call(request, context) as caller:
+            return await self._handlers.requests.score(request, caller)
 
 
 class TuningServicer(tuning_pb2_grpc.TuningServicer):
@@ -62,5 +62,5 @@ class TuningServicer(tuning_pb2_grpc.TuningServicer):
         self._gate, self._handlers = gate, handlers
 
     async def PromptGradients(self, request: tuning_pb2.PromptGradientsRequest, context: Any) -> tuning_pb2.PromptGradientsResponse:
-        async with self._gate.call(request, context):
-            return await self._handlers.requests.prompt_gradients(request)
+        async with self._gate.call(request, context) as caller:
+            return await self._handlers.requests.prompt_gradients(request, caller)
