@@ -20,7 +20,7 @@ Dtype = Literal["F32", "F16", "BF16", "I8"]
 Placement = Literal["front", "after_prefix"]
 """Where the soft prompt's rows stand: before everything, or between a shared prefix and the prompt."""
 FinishReason = Literal["end", "stop", "length"]
-"""The FM's end token; a stop string; max_tokens or the context length."""
+"""The FM's end token, or a JSON document is complete; a stop string; max_tokens or the context length."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class SamplingOptions(TypedDict, total=False):
     logprobs: int | None
     ignore_end: bool
     n: int
+    json_schema: Mapping[str, object] | str | None
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ class Sampling:
     """Go on past the FM's end token."""
     n: int = 1
     """Continuations of the one prompt; more than one needs a temperature above 0. See `Generation.others`."""
+    json_schema: Mapping[str, object] | str | None = None
+    """The text is one JSON document that satisfies this schema, unless it is cut short (finish reason "length" or "stop")."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,7 @@ class Limits:
     """L2 norm of a soft-prompt row at most."""
     max_continuations: int
     max_logit_bias: int
+    max_schema_bytes: int
 
 
 @dataclass(frozen=True)

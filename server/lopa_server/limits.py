@@ -33,6 +33,10 @@ class ServiceLimits:
     """Of one logit bias, either sign."""
     max_logit_bias: int = 1024
     """Token ids with a bias in one request."""
+    max_schema_bytes: int = 64 << 10
+    """Of a JSON schema, in UTF-8."""
+    max_schema_depth: int = 32
+    """Values within values in a JSON schema."""
     max_continuations: int = 16
     """Sampling.n at most."""
     row_norm_multiple: float = 4.0

@@ -76,7 +76,7 @@ def test_a_users_life(address: str, jsonl: Path, tmp_path: Path, capsys: Capture
     assert "nothing changed" in capsys.readouterr().out or lopa.open_personal(folder).version == 3
 
 
-def test_generate_with_every_option(address: str, capsys: Capture) -> None:
+def test_generate_with_every_option(address: str, tmp_path: Path, capsys: Capture) -> None:
     options = "--temperature 1 --top-p 0.9 --top-k 50 --min-p 0.01 --repetition-penalty 1.1 --presence-penalty 0.5 --frequency-penalty 0.5"
     more = "--logit-bias 7=-5 --logit-bias 9=1 --seed 3 --stop XYZ --ignore-end --max-tokens 6 -n 2"
     arguments = ["generate", address, "def f(", *options.split(), *more.split()]
@@ -86,6 +86,10 @@ def test_generate_with_every_option(address: str, capsys: Capture) -> None:
     assert run(*arguments) == 0
     assert capsys.readouterr().out == f"[1] {first['text']}\n[2] {first['others'][0]['text']}\n"
     assert run("generate", address, "x", "--logit-bias", "seven") == 2
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["yes", "no"]}')
+    assert run("generate", address, "x", "--json-schema", schema) == 0
+    assert json.loads(capsys.readouterr().out) in ("yes", "no")
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,16 @@ def test_every_sampling_parameter_arrives(client: lopa.Client) -> None:
     assert client.generate(prompt, **drawn).token_ids != plain.token_ids
 
 
+def test_a_json_schema_as_a_mapping(client: lopa.Client) -> None:
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False}
+    found = client.generate("x = ", json_schema=schema, temperature=1.0, soft_prompt=SOFT)
+    assert found.text in ('{"ok":true}', '{"ok":false}') and found.finish_reason == "end"
+    with pytest.raises(lopa.InvalidRequest, match="sampling"):
+        client.generate("x", json_schema={"const": float("nan")})
+    with pytest.raises(lopa.InvalidRequest, match="json_schema"):
+        client.generate("x", json_schema="{")
+
+
 def test_several_continuations(client: lopa.Client) -> None:
     options = {"temperature": 1.5, "seed": 9, "max_tokens": 10, "ignore_end": True, "soft_prompt": SOFT}
     several = client.generate("x = ", n=3, **options)

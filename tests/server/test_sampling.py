@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lopa_server.engine.base import Delta, SamplingParams
+from lopa_server.engine.base import Delta, EngineFailed, SamplingParams
 from lopa_server.engine.randomness import continuation_seed, split_mix, start_state, uniform
 from lopa_server.engine.torch_engine.engine import TorchEngine
 from lopa_server.engine.torch_engine.sampling import Choice, Sampler
@@ -167,8 +167,8 @@ def test_greedy_takes_the_best_and_rows_keep_to_themselves() -> None:
     rows = torch.stack([LOGITS, torch.full_like(LOGITS, torch.nan), LOGITS.flip(0), LOGITS])
     params = [SamplingParams(1), SamplingParams(1), SamplingParams(1, logprobs=2), SamplingParams(1, temperature=1.0, seed=3)]
     greedy, broken, flipped, drawn = _choose(rows, *params)
-    assert (greedy.token_id, greedy.broken, greedy.logprobs) == (0, False, None)
-    assert broken.broken
+    assert (greedy.token_id, greedy.error, greedy.logprobs) == (0, None, None)
+    assert isinstance(broken.error, EngineFailed)
     assert flipped.token_id == 5
     assert flipped.logprobs is not None
     assert [entry.token_id for entry in flipped.logprobs.alternatives] == [5, 1]

@@ -37,6 +37,10 @@ def generate(
     logprobs: Annotated[int | None, typer.Option(min=0, help="With --json: alternatives per token.", show_default=False)] = None,
     ignore_end: Annotated[bool, typer.Option("--ignore-end", help="Go on past the model's end token.")] = False,
     n: Annotated[int, typer.Option("-n", min=1, help="Continuations; more than one needs a temperature.")] = 1,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The text is JSON that satisfies this schema.", exists=True, dir_okay=False, show_default=False),
+    ] = None,
     tls: Tls = False,
     as_json: Json = False,
 ) -> None:
@@ -60,6 +64,7 @@ def generate(
         "logprobs": logprobs,
         "ignore_end": ignore_end,
         "n": n,
+        "json_schema": json_schema.read_text(encoding="utf-8") if json_schema else None,
     }
     with lopa.connect(address, tls=tls) as client:
         if personal is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar, cast
 
@@ -113,9 +114,15 @@ def sampling_message(sampling: Sampling) -> inference_pb2.Sampling:
             logprobs=sampling.logprobs,
             ignore_end=sampling.ignore_end,
             n=sampling.n,
+            json_schema=_schema_text(sampling.json_schema),
         )
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"sampling: {error}", field="sampling", found=str(sampling)[:200]) from error
+
+
+def _schema_text(schema: Mapping[str, object] | str | None) -> str | None:
+    """Raises TypeError or ValueError for what JSON can't write."""
+    return schema if schema is None or isinstance(schema, str) else json.dumps(schema, allow_nan=False)
 
 
 def soft_prompt(rows: Float32, dtype: Dtype, placement: Placement) -> common_pb2.SoftPrompt:

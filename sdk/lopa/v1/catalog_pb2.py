@@ -25,25 +25,25 @@ _sym_db = _symbol_database.Default()
 from lopa.v1 import common_pb2 as lopa_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15lopa/v1/catalog.proto\x12\x07lopa.v1\x1a\x14lopa/v1/common.proto\"\x11\n\x0fGetModelRequest\"\xfb\x01\n\x06Limits\x12\x1a\n\x12max_virtual_tokens\x18\x01 \x01(\r\x12\x19\n\x11max_message_bytes\x18\x02 \x01(\r\x12\x11\n\tmax_pairs\x18\x03 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x04 \x01(\r\x12\x18\n\x10max_stop_strings\x18\x05 \x01(\r\x12\x16\n\x0emax_stop_bytes\x18\x06 \x01(\r\x12\x14\n\x0cmax_logprobs\x18\x07 \x01(\r\x12\x14\n\x0cmax_row_norm\x18\x08 \x01(\x02\x12\x19\n\x11max_continuations\x18\t \x01(\r\x12\x16\n\x0emax_logit_bias\x18\n \x01(\r\"\xb3\x02\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x1f\n\x06limits\x18\x07 \x01(\x0b\x32\x0f.lopa.v1.Limits\x12*\n\x12soft_prompt_dtypes\x18\x08 \x03(\x0e\x32\x0e.lopa.v1.DType\x12\"\n\x08\x66\x65\x61tures\x18\t \x03(\x0e\x32\x10.lopa.v1.Feature\x12\x11\n\tbundle_id\x18\n \x01(\t\x12\x14\n\x0c\x62undle_bytes\x18\x0b \x01(\x04\x12\x16\n\x0eserver_version\x18\x0c \x01(\t\"7\n\x12\x46\x65tchBundleRequest\x12\x11\n\tbundle_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"@\n\x0b\x42undleChunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04*\xa5\x01\n\x07\x46\x65\x61ture\x12\x17\n\x13\x46\x45\x41TURE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x46\x45\x41TURE_GENERATE\x10\x01\x12\x11\n\rFEATURE_SCORE\x10\x02\x12\x1c\n\x18\x46\x45\x41TURE_PROMPT_GRADIENTS\x10\x03\x12\x10\n\x0c\x46\x45\x41TURE_CHAT\x10\x04\x12\x14\n\x10\x46\x45\x41TURE_LOGPROBS\x10\x05\x12\x12\n\x0e\x46\x45\x41TURE_BUNDLE\x10\x06\x32\x87\x01\n\x07\x43\x61talog\x12\x38\n\x08GetModel\x12\x18.lopa.v1.GetModelRequest\x1a\x12.lopa.v1.ModelInfo\x12\x42\n\x0b\x46\x65tchBundle\x12\x1b.lopa.v1.FetchBundleRequest\x1a\x14.lopa.v1.BundleChunk0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15lopa/v1/catalog.proto\x12\x07lopa.v1\x1a\x14lopa/v1/common.proto\"\x11\n\x0fGetModelRequest\"\x95\x02\n\x06Limits\x12\x1a\n\x12max_virtual_tokens\x18\x01 \x01(\r\x12\x19\n\x11max_message_bytes\x18\x02 \x01(\r\x12\x11\n\tmax_pairs\x18\x03 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x04 \x01(\r\x12\x18\n\x10max_stop_strings\x18\x05 \x01(\r\x12\x16\n\x0emax_stop_bytes\x18\x06 \x01(\r\x12\x14\n\x0cmax_logprobs\x18\x07 \x01(\r\x12\x14\n\x0cmax_row_norm\x18\x08 \x01(\x02\x12\x19\n\x11max_continuations\x18\t \x01(\r\x12\x16\n\x0emax_logit_bias\x18\n \x01(\r\x12\x18\n\x10max_schema_bytes\x18\x0b \x01(\r\"\xb3\x02\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x1f\n\x06limits\x18\x07 \x01(\x0b\x32\x0f.lopa.v1.Limits\x12*\n\x12soft_prompt_dtypes\x18\x08 \x03(\x0e\x32\x0e.lopa.v1.DType\x12\"\n\x08\x66\x65\x61tures\x18\t \x03(\x0e\x32\x10.lopa.v1.Feature\x12\x11\n\tbundle_id\x18\n \x01(\t\x12\x14\n\x0c\x62undle_bytes\x18\x0b \x01(\x04\x12\x16\n\x0eserver_version\x18\x0c \x01(\t\"7\n\x12\x46\x65tchBundleRequest\x12\x11\n\tbundle_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"@\n\x0b\x42undleChunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04*\xbe\x01\n\x07\x46\x65\x61ture\x12\x17\n\x13\x46\x45\x41TURE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x46\x45\x41TURE_GENERATE\x10\x01\x12\x11\n\rFEATURE_SCORE\x10\x02\x12\x1c\n\x18\x46\x45\x41TURE_PROMPT_GRADIENTS\x10\x03\x12\x10\n\x0c\x46\x45\x41TURE_CHAT\x10\x04\x12\x14\n\x10\x46\x45\x41TURE_LOGPROBS\x10\x05\x12\x12\n\x0e\x46\x45\x41TURE_BUNDLE\x10\x06\x12\x17\n\x13\x46\x45\x41TURE_JSON_SCHEMA\x10\x07\x32\x87\x01\n\x07\x43\x61talog\x12\x38\n\x08GetModel\x12\x18.lopa.v1.GetModelRequest\x1a\x12.lopa.v1.ModelInfo\x12\x42\n\x0b\x46\x65tchBundle\x12\x1b.lopa.v1.FetchBundleRequest\x1a\x14.lopa.v1.BundleChunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lopa.v1.catalog_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FEATURE']._serialized_start=763
-  _globals['_FEATURE']._serialized_end=928
+  _globals['_FEATURE']._serialized_start=789
+  _globals['_FEATURE']._serialized_end=979
   _globals['_GETMODELREQUEST']._serialized_start=56
   _globals['_GETMODELREQUEST']._serialized_end=73
   _globals['_LIMITS']._serialized_start=76
-  _globals['_LIMITS']._serialized_end=327
-  _globals['_MODELINFO']._serialized_start=330
-  _globals['_MODELINFO']._serialized_end=637
-  _globals['_FETCHBUNDLEREQUEST']._serialized_start=639
-  _globals['_FETCHBUNDLEREQUEST']._serialized_end=694
-  _globals['_BUNDLECHUNK']._serialized_start=696
-  _globals['_BUNDLECHUNK']._serialized_end=760
-  _globals['_CATALOG']._serialized_start=931
-  _globals['_CATALOG']._serialized_end=1066
+  _globals['_LIMITS']._serialized_end=353
+  _globals['_MODELINFO']._serialized_start=356
+  _globals['_MODELINFO']._serialized_end=663
+  _globals['_FETCHBUNDLEREQUEST']._serialized_start=665
+  _globals['_FETCHBUNDLEREQUEST']._serialized_end=720
+  _globals['_BUNDLECHUNK']._serialized_start=722
+  _globals['_BUNDLECHUNK']._serialized_end=786
+  _globals['_CATALOG']._serialized_start=982
+  _globals['_CATALOG']._serialized_end=1117
 # @@protoc_insertion_point(module_scope)

@@ -39,6 +39,8 @@ class _FeatureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Feature.Value
     """Sampling.logprobs"""
     FEATURE_BUNDLE: _Feature.ValueType  # 6
     """Catalog.FetchBundle"""
+    FEATURE_JSON_SCHEMA: _Feature.ValueType  # 7
+    """Sampling.json_schema"""
 
 class Feature(_Feature, metaclass=_FeatureEnumTypeWrapper):
     """What a server can do beyond plain generation."""
@@ -56,6 +58,8 @@ FEATURE_LOGPROBS: Feature.ValueType  # 5
 """Sampling.logprobs"""
 FEATURE_BUNDLE: Feature.ValueType  # 6
 """Catalog.FetchBundle"""
+FEATURE_JSON_SCHEMA: Feature.ValueType  # 7
+"""Sampling.json_schema"""
 Global___Feature: _TypeAlias = Feature  # noqa: Y015
 
 @_typing.final
@@ -91,6 +95,7 @@ class Limits(_message.Message):
     MAX_ROW_NORM_FIELD_NUMBER: _builtins.int
     MAX_CONTINUATIONS_FIELD_NUMBER: _builtins.int
     MAX_LOGIT_BIAS_FIELD_NUMBER: _builtins.int
+    MAX_SCHEMA_BYTES_FIELD_NUMBER: _builtins.int
     max_virtual_tokens: _builtins.int
     """m at most, in rows."""
     max_message_bytes: _builtins.int
@@ -113,6 +118,8 @@ class Limits(_message.Message):
     """Sampling.n at most."""
     max_logit_bias: _builtins.int
     """Entries of Sampling.logit_bias."""
+    max_schema_bytes: _builtins.int
+    """Length of Sampling.json_schema, in bytes of UTF-8."""
     def __init__(
         self,
         *,
@@ -126,10 +133,11 @@ class Limits(_message.Message):
         max_row_norm: _builtins.float = ...,
         max_continuations: _builtins.int = ...,
         max_logit_bias: _builtins.int = ...,
+        max_schema_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_continuations", b"max_continuations", "max_logit_bias", b"max_logit_bias", "max_logprobs", b"max_logprobs", "max_message_bytes", b"max_message_bytes", "max_new_tokens", b"max_new_tokens", "max_pairs", b"max_pairs", "max_row_norm", b"max_row_norm", "max_stop_bytes", b"max_stop_bytes", "max_stop_strings", b"max_stop_strings", "max_virtual_tokens", b"max_virtual_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_continuations", b"max_continuations", "max_logit_bias", b"max_logit_bias", "max_logprobs", b"max_logprobs", "max_message_bytes", b"max_message_bytes", "max_new_tokens", b"max_new_tokens", "max_pairs", b"max_pairs", "max_row_norm", b"max_row_norm", "max_schema_bytes", b"max_schema_bytes", "max_stop_bytes", b"max_stop_bytes", "max_stop_strings", b"max_stop_strings", "max_virtual_tokens", b"max_virtual_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from lopa.v1 import common_pb2 as lopa_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17lopa/v1/inference.proto\x12\x07lopa.v1\x1a\x14lopa/v1/common.proto\"\xb1\x03\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x15\n\x08logprobs\x18\x07 \x01(\rH\x02\x88\x01\x01\x12\x12\n\nignore_end\x18\x08 \x01(\x08\x12\r\n\x05min_p\x18\t \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x02H\x03\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x0b \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x0c \x01(\x02\x12\x34\n\nlogit_bias\x18\r \x03(\x0b\x32 .lopa.v1.Sampling.LogitBiasEntry\x12\t\n\x01n\x18\x0e \x01(\r\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x08\n\x06_top_pB\x07\n\x05_seedB\x0b\n\t_logprobsB\x15\n\x13_repetition_penalty\"\xba\x01\n\x0fGenerateRequest\x12\x1f\n\x06prompt\x18\x01 \x01(\x0b\x32\x0f.lopa.v1.Prompt\x12\x1f\n\x06prefix\x18\x02 \x01(\x0b\x32\x0f.lopa.v1.Prompt\x12(\n\x0bsoft_prompt\x18\x03 \x01(\x0b\x32\x13.lopa.v1.SoftPrompt\x12#\n\x08sampling\x18\x04 \x01(\x0b\x32\x11.lopa.v1.Sampling\x12\x16\n\x0e\x66m_fingerprint\x18\x05 \x01(\t\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"c\n\rTokenLogprobs\x12%\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x15.lopa.v1.TokenLogprob\x12+\n\x0c\x61lternatives\x18\x02 \x03(\x0b\x32\x15.lopa.v1.TokenLogprob\"\xdc\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12(\n\x08logprobs\x18\x03 \x03(\x0b\x32\x16.lopa.v1.TokenLogprobs\x12,\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x15.lopa.v1.FinishReason\x12\x1d\n\x05usage\x18\x05 \x01(\x0b\x32\x0e.lopa.v1.Usage\x12!\n\x07receipt\x18\x06 \x01(\x0b\x32\x10.lopa.v1.Receipt\x12\r\n\x05index\x18\x07 \x01(\r\"i\n\x0cScoreRequest\x12\x1c\n\x05pairs\x18\x01 \x03(\x0b\x32\r.lopa.v1.Pair\x12\x16\n\x0e\x66m_fingerprint\x18\x02 \x01(\t\x12#\n\x08priority\x18\x03 \x01(\x0e\x32\x11.lopa.v1.Priority\"V\n\tPairScore\x12\x0f\n\x07nll_sum\x18\x01 \x01(\x01\x12\x15\n\rtarget_tokens\x18\x02 \x01(\r\x12!\n\x07receipt\x18\x03 \x01(\x0b\x32\x10.lopa.v1.Receipt\"3\n\rScoreResponse\x12\"\n\x06scores\x18\x01 \x03(\x0b\x32\x12.lopa.v1.PairScore*v\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_END\x10\x01\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x32\x86\x01\n\tInference\x12\x41\n\x08Generate\x12\x18.lopa.v1.GenerateRequest\x1a\x19.lopa.v1.GenerateResponse0\x01\x12\x36\n\x05Score\x12\x15.lopa.v1.ScoreRequest\x1a\x16.lopa.v1.ScoreResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17lopa/v1/inference.proto\x12\x07lopa.v1\x1a\x14lopa/v1/common.proto\"\xdb\x03\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x15\n\x08logprobs\x18\x07 \x01(\rH\x02\x88\x01\x01\x12\x12\n\nignore_end\x18\x08 \x01(\x08\x12\r\n\x05min_p\x18\t \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x02H\x03\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x0b \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x0c \x01(\x02\x12\x34\n\nlogit_bias\x18\r \x03(\x0b\x32 .lopa.v1.Sampling.LogitBiasEntry\x12\t\n\x01n\x18\x0e \x01(\r\x12\x18\n\x0bjson_schema\x18\x0f \x01(\tH\x04\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x08\n\x06_top_pB\x07\n\x05_seedB\x0b\n\t_logprobsB\x15\n\x13_repetition_penaltyB\x0e\n\x0c_json_schema\"\xba\x01\n\x0fGenerateRequest\x12\x1f\n\x06prompt\x18\x01 \x01(\x0b\x32\x0f.lopa.v1.Prompt\x12\x1f\n\x06prefix\x18\x02 \x01(\x0b\x32\x0f.lopa.v1.Prompt\x12(\n\x0bsoft_prompt\x18\x03 \x01(\x0b\x32\x13.lopa.v1.SoftPrompt\x12#\n\x08sampling\x18\x04 \x01(\x0b\x32\x11.lopa.v1.Sampling\x12\x16\n\x0e\x66m_fingerprint\x18\x05 \x01(\t\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"c\n\rTokenLogprobs\x12%\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x15.lopa.v1.TokenLogprob\x12+\n\x0c\x61lternatives\x18\x02 \x03(\x0b\x32\x15.lopa.v1.TokenLogprob\"\xdc\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12(\n\x08logprobs\x18\x03 \x03(\x0b\x32\x16.lopa.v1.TokenLogprobs\x12,\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x15.lopa.v1.FinishReason\x12\x1d\n\x05usage\x18\x05 \x01(\x0b\x32\x0e.lopa.v1.Usage\x12!\n\x07receipt\x18\x06 \x01(\x0b\x32\x10.lopa.v1.Receipt\x12\r\n\x05index\x18\x07 \x01(\r\"i\n\x0cScoreRequest\x12\x1c\n\x05pairs\x18\x01 \x03(\x0b\x32\r.lopa.v1.Pair\x12\x16\n\x0e\x66m_fingerprint\x18\x02 \x01(\t\x12#\n\x08priority\x18\x03 \x01(\x0e\x32\x11.lopa.v1.Priority\"V\n\tPairScore\x12\x0f\n\x07nll_sum\x18\x01 \x01(\x01\x12\x15\n\rtarget_tokens\x18\x02 \x01(\r\x12!\n\x07receipt\x18\x03 \x01(\x0b\x32\x10.lopa.v1.Receipt\"3\n\rScoreResponse\x12\"\n\x06scores\x18\x01 \x03(\x0b\x32\x12.lopa.v1.PairScore*v\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_END\x10\x01\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x32\x86\x01\n\tInference\x12\x41\n\x08Generate\x12\x18.lopa.v1.GenerateRequest\x1a\x19.lopa.v1.GenerateResponse0\x01\x12\x36\n\x05Score\x12\x15.lopa.v1.ScoreRequest\x1a\x16.lopa.v1.ScoreResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,26 +34,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1306
-  _globals['_FINISHREASON']._serialized_end=1424
+  _globals['_FINISHREASON']._serialized_start=1348
+  _globals['_FINISHREASON']._serialized_end=1466
   _globals['_SAMPLING']._serialized_start=59
-  _globals['_SAMPLING']._serialized_end=492
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=389
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=437
-  _globals['_GENERATEREQUEST']._serialized_start=495
-  _globals['_GENERATEREQUEST']._serialized_end=681
-  _globals['_TOKENLOGPROB']._serialized_start=683
-  _globals['_TOKENLOGPROB']._serialized_end=732
-  _globals['_TOKENLOGPROBS']._serialized_start=734
-  _globals['_TOKENLOGPROBS']._serialized_end=833
-  _globals['_GENERATERESPONSE']._serialized_start=836
-  _globals['_GENERATERESPONSE']._serialized_end=1056
-  _globals['_SCOREREQUEST']._serialized_start=1058
-  _globals['_SCOREREQUEST']._serialized_end=1163
-  _globals['_PAIRSCORE']._serialized_start=1165
-  _globals['_PAIRSCORE']._serialized_end=1251
-  _globals['_SCORERESPONSE']._serialized_start=1253
-  _globals['_SCORERESPONSE']._serialized_end=1304
-  _globals['_INFERENCE']._serialized_start=1427
-  _globals['_INFERENCE']._serialized_end=1561
+  _globals['_SAMPLING']._serialized_end=534
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=415
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=463
+  _globals['_GENERATEREQUEST']._serialized_start=537
+  _globals['_GENERATEREQUEST']._serialized_end=723
+  _globals['_TOKENLOGPROB']._serialized_start=725
+  _globals['_TOKENLOGPROB']._serialized_end=774
+  _globals['_TOKENLOGPROBS']._serialized_start=776
+  _globals['_TOKENLOGPROBS']._serialized_end=875
+  _globals['_GENERATERESPONSE']._serialized_start=878
+  _globals['_GENERATERESPONSE']._serialized_end=1098
+  _globals['_SCOREREQUEST']._serialized_start=1100
+  _globals['_SCOREREQUEST']._serialized_end=1205
+  _globals['_PAIRSCORE']._serialized_start=1207
+  _globals['_PAIRSCORE']._serialized_end=1293
+  _globals['_SCORERESPONSE']._serialized_start=1295
+  _globals['_SCORERESPONSE']._serialized_end=1346
+  _globals['_INFERENCE']._serialized_start=1469
+  _globals['_INFERENCE']._serialized_end=1603
 # @@protoc_insertion_point(module_scope)

@@ -3,11 +3,12 @@
 No protobuf, no torch: token ids, numpy arrays and plain values that the service has already checked.
 Legend: m soft-prompt rows, d hidden size, t tokens.
 
-    UnsupportedModel     this engine can't serve that model
+    UnsupportedModel       this engine can't serve that model
     EngineError
-    ├── QueueFull        too much is waiting; try again after `retry_after` seconds
-    ├── EngineStopped    the engine is shutting down or has been stopped
-    └── EngineFailed     a computation failed; only the request that asked for it is lost
+    ├── QueueFull          too much is waiting; try again after `retry_after` seconds
+    ├── UnsupportedSchema  a JSON schema that texts can't be held to
+    ├── EngineStopped      the engine is shutting down or has been stopped
+    └── EngineFailed       a computation failed; only the request that asked for it is lost
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ class QueueFull(EngineError):
     def __init__(self, queue: str, waiting: int, limit: int, retry_after: float) -> None:
         super().__init__(f"{queue} is full: {waiting} waiting, the limit is {limit}")
         self.queue, self.waiting, self.limit, self.retry_after = queue, waiting, limit, retry_after
+
+
+class UnsupportedSchema(EngineError):
+    """A JSON schema that can't be followed within bounded time and memory. The message says why, and may go to the client."""
 
 
 class EngineStopped(EngineError):
@@ -96,6 +101,8 @@ class SamplingParams:
     logprobs: int | None = None
     """Alternatives per token besides the chosen one; None: no logprobs at all."""
     ignore_end: bool = False
+    json_schema: str | None = None
+    """The text is a JSON document that satisfies this schema; it ends where the document is complete."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +201,8 @@ class EngineSpec:
     """The largest L2 norm of a token's input embedding."""
     end_ids: tuple[int, ...]
     """Token ids that end a text; the first is the one that is appended to targets."""
+    json_schemas: bool = False
+    """Texts can be held to a JSON schema."""
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ class CatalogHandler:
                 max_row_norm=self.max_row_norm,
                 max_continuations=limits.max_continuations,
                 max_logit_bias=limits.max_logit_bias,
+                max_schema_bytes=limits.max_schema_bytes,
             ),
             soft_prompt_dtypes=DTYPES,
             features=self._features(),
@@ -86,6 +87,8 @@ class CatalogHandler:
             catalog_pb2.FEATURE_PROMPT_GRADIENTS,
             catalog_pb2.FEATURE_LOGPROBS,
         ]
+        if self.spec.json_schemas:
+            features.append(catalog_pb2.FEATURE_JSON_SCHEMA)
         if self.has_chat:
             features.append(catalog_pb2.FEATURE_CHAT)
         if self.bundle:

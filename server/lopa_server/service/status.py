@@ -9,7 +9,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 from lopa.wire.errors import DOMAIN, Reason, WireError
 
-from lopa_server.engine.base import EngineStopped, QueueFull
+from lopa_server.engine.base import EngineStopped, QueueFull, UnsupportedSchema
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,8 @@ def status_for(error: Exception) -> status_pb2.Status:
     if isinstance(error, QueueFull):
         full = WireError(Reason.QUEUE_FULL, error.queue, limit=error.limit, found=error.waiting)
         return _status(full, min(LONGEST_RETRY, max(SHORTEST_RETRY, error.retry_after)))
+    if isinstance(error, UnsupportedSchema):
+        return _status(WireError(Reason.UNSUPPORTED, "sampling.json_schema", found=error), None)
     if isinstance(error, EngineStopped):
         return _status(WireError(Reason.DRAINING), RETRY_SECONDS[Reason.DRAINING])
     request_id = secrets.token_hex(8)

@@ -10,6 +10,7 @@ from lopa.wire.errors import Reason, WireError
 
 from lopa_server.engine.base import EngineSpec, SamplingParams
 from lopa_server.limits import ServiceLimits
+from lopa_server.validation.schemas import check_schema
 
 
 class SamplingChecker:
@@ -55,7 +56,15 @@ class SamplingChecker:
             stop=self._stop(message.stop),
             logprobs=min(logprobs, self._spec.vocab_size) if logprobs is not None else None,
             ignore_end=message.ignore_end,
+            json_schema=self._schema(message) if message.HasField("json_schema") else None,
         )
+
+    def _schema(self, message: inference_pb2.Sampling) -> str:
+        if not self._spec.json_schemas:
+            raise WireError(Reason.UNSUPPORTED, "json_schema", found="this model's tokenizer can't be held to a schema")
+        if message.ignore_end:
+            raise WireError(Reason.UNSUPPORTED, "ignore_end", found="the schema says where the text ends")
+        return check_schema(message.json_schema, self._limits)
 
     def _at_most(self, field: str, value: int, limit: int) -> None:
         if value > limit:

@@ -11,10 +11,21 @@ from collections.abc import AsyncGenerator, Sequence
 
 import torch
 
-from lopa_server.engine.base import Delta, EngineSpec, EngineStats, EngineStopped, GenerateRequest, PairRequest, PairResult, QueueFull
+from lopa_server.engine.base import (
+    Delta,
+    EngineSpec,
+    EngineStats,
+    EngineStopped,
+    GenerateRequest,
+    PairRequest,
+    PairResult,
+    QueueFull,
+    UnsupportedSchema,
+)
 from lopa_server.engine.content import blocks_for
 from lopa_server.engine.pair_queue import PairKind
 from lopa_server.engine.torch_engine.config import PAIR_POSITIONS, STEP_POSITIONS, TorchEngineConfig
+from lopa_server.engine.torch_engine.constraints import Constraint, Grammars
 from lopa_server.engine.torch_engine.live import LiveJob, LiveStream, Mailbox
 from lopa_server.engine.torch_engine.loader import FoundationModel, load_foundation_model
 from lopa_server.engine.torch_engine.selfcheck import check_runner, positions_that_fit
@@ -27,6 +38,8 @@ class TorchEngine:
     def __init__(self, fm: FoundationModel, config: TorchEngineConfig) -> None:
         self._fm = fm
         self._config = config
+        self._grammars = Grammars.of(fm.tokenizer, fm.spec)
+        self._spec = dataclasses.replace(fm.spec, json_schemas=self._grammars is not None)
         self._worker = Worker(fm, config.limits, lambda: _set_threads(config.threads))
         self._streams: set[str] = set()
         self._pairs_alive = 0
@@ -55,7 +68,7 @@ class TorchEngine:
 
     @property
     def spec(self) -> EngineSpec:
-        return self._fm.spec
+        return self._spec
 
     @property
     def tokenizer(self) -> object:
@@ -74,6 +87,8 @@ class TorchEngine:
         with contextlib.suppress(EngineStopped):
             self._worker.send(Stop())
         await asyncio.to_thread(self._worker.join)
+        if self._grammars is not None:
+            self._grammars.close()
 
     async def wait_ended(self) -> None:
         """Returns when the engine thread has ended, by `stop` or by dying."""
@@ -81,9 +96,10 @@ class TorchEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         self._check_running()
+        constraint = await self._constraint(request.sampling.json_schema)
         self._admit_stream()
         mailbox = Mailbox()
-        self._worker.send(LiveStream(request, mailbox, self._decode_text, self.spec.end_ids))
+        self._worker.send(LiveStream(request, mailbox, self._decode_text, self.spec.end_ids, constraint))
         self._streams.add(request.id)
         try:
             while True:
@@ -126,6 +142,13 @@ class TorchEngine:
         """An engine that has ended has forgotten everything already."""
         with contextlib.suppress(EngineStopped):
             self._worker.send(Abort(name))
+
+    async def _constraint(self, schema: str | None) -> Constraint | None:
+        if schema is None:
+            return None
+        if self._grammars is None:
+            raise UnsupportedSchema("this model's tokenizer can't be held to a schema")
+        return await self._grammars.constraint(schema)
 
     def _check_running(self) -> None:
         if self._stopped:

@@ -15,6 +15,7 @@ from lopa_server.engine.content import CacheScope, Content
 from lopa_server.engine.pair_queue import PairCost, PairKind
 from lopa_server.engine.sequences import SequenceState
 from lopa_server.engine.text import Decode, TextStream
+from lopa_server.engine.torch_engine.constraints import Constraint
 from lopa_server.engine.torch_engine.sampling import Choice
 
 Event: TypeAlias = Delta | list[PairResult] | Exception
@@ -53,9 +54,12 @@ def _joined(first: Delta, second: Delta) -> Delta:
 class LiveStream:
     """A generate request from its first token to its last."""
 
-    def __init__(self, request: GenerateRequest, mailbox: Mailbox, decode: Decode, end_ids: Sequence[int]) -> None:
+    def __init__(
+        self, request: GenerateRequest, mailbox: Mailbox, decode: Decode, end_ids: Sequence[int], constraint: Constraint | None = None
+    ) -> None:
         self.request = request
         self.mailbox = mailbox
+        self.constraint = constraint
         self.sampled = False
         """The sampler knows it."""
         self.generated = 0
@@ -72,10 +76,10 @@ class LiveStream:
         """Take a new token in; what the client is told about it.
 
         Raises:
-            ArithmeticError: there is no token, since the FM gave values that aren't numbers.
+            EngineError: there is no token.
         """
-        if choice.broken:
-            raise ArithmeticError("the model's logits are not finite")
+        if choice.error is not None:
+            raise choice.error
         self.generated += 1
         text, finish = "", None
         if choice.token_id in self._end_ids:
@@ -84,6 +88,8 @@ class LiveStream:
             text = self._text.push(choice.token_id)
             if not self._text.stopped and self.generated >= self.request.sampling.max_tokens:
                 finish = Finish.LENGTH
+        if choice.complete and not self._text.stopped:
+            finish = Finish.END
         if finish is not None:
             text += self._text.finish()
         if self._text.stopped:

@@ -1,6 +1,6 @@
 """Chooses tokens: every row by its own parameters and its own random numbers, so that a seed means the same in any batch.
 
-Order: logit bias, penalties; then the best token, or temperature, min_p, top_k, top_p and a draw. What the rows ask for is
+Order: grammar, logit bias, penalties; then the best token, or temperature, min_p, top_k, top_p and a draw. What the rows ask for is
 laid out in tensors when the batch's composition changes; a step is a few operations over all rows, whatever they ask.
 
 Legend: b rows, v vocabulary.
@@ -9,24 +9,27 @@ Legend: b rows, v vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from lopa_server.engine.base import Logprob, SamplingParams, TokenLogprobs
+from lopa_server.engine.base import EngineError, EngineFailed, Logprob, SamplingParams, TokenLogprobs, UnsupportedSchema
 from lopa_server.engine.randomness import start_state, uniform
+from lopa_server.engine.torch_engine.constraints import Constraint, allowed_tokens
 from lopa_server.engine.torch_engine.penalties import TokenTable, has_penalties
 from lopa_server.engine.torch_engine.truncation import Truncation, draw
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A row's next token. `broken`: the FM gave values that aren't numbers, so there is none."""
+    """A row's next token, or the `error` why there is none."""
 
     token_id: int
     logprobs: TokenLogprobs | None = None
-    broken: bool = False
+    complete: bool = False
+    """The row's grammar allows nothing after this token."""
+    error: EngineError | None = None
 
 
 @dataclass
@@ -34,6 +37,7 @@ class _Request:
     """What the sampler knows about a request until it leaves."""
 
     params: SamplingParams
+    constraint: Constraint | None
     state: np.uint64
     """Where its random numbers start."""
     table_row: int | None
@@ -56,13 +60,13 @@ class Sampler:
         """Requests that have entered and not left."""
         return len(self._requests)
 
-    def add(self, name: str, params: SamplingParams, prompt: Sequence[int]) -> None:
+    def add(self, name: str, params: SamplingParams, prompt: Sequence[int], constraint: Constraint | None = None) -> None:
         """A request enters. It stays until `remove`, whatever becomes of its place in the batch.
 
         prompt: the real tokens that it reads, those of a prefix included; soft rows are no tokens.
         """
         table_row = self._table.take(prompt) if has_penalties(params) else None
-        self._requests[name] = _Request(params, start_state(params.seed), table_row)
+        self._requests[name] = _Request(params, constraint, start_state(params.seed), table_row)
 
     def remove(self, name: str) -> None:
         """A request leaves and everything known about it is forgotten; unknown names are ignored."""
@@ -80,6 +84,7 @@ class Sampler:
         """
         plan = self._plan_for(tuple(names))
         reported = None if plan.reporting is None else torch.log_softmax(logits[plan.reporting], dim=1)
+        masked = self._mask(plan, logits)
         plan.process(logits, self._table)
         best, tokens = logits.max(dim=1)
         if plan.truncation is not None:
@@ -89,7 +94,25 @@ class Sampler:
             self._table.record(plan.table_rows, tokens[plan.penalizing])
         chosen = torch.where(torch.isfinite(best), tokens, -1).tolist()
         logprobs = {} if reported is None else plan.logprobs(chosen, reported)
-        return [Choice(token, logprobs.get(row), broken=token < 0) for row, token in enumerate(chosen)]
+        choices = [Choice(token, logprobs.get(row), error=None if token >= 0 else _no_numbers()) for row, token in enumerate(chosen)]
+        for row, constraint in plan.constrained:
+            choices[row] = _followed(choices[row], constraint, masked[row])
+        return choices
+
+    def _mask(self, plan: _Plan, logits: torch.Tensor) -> dict[int, UnsupportedSchema | None]:
+        """Leave the tokens that grammars allow. By constrained row: why it can't go on, or None."""
+        masks, errors = [], {}
+        for row, constraint in plan.constrained:
+            try:
+                masks.append(constraint.mask())
+                errors[row] = None
+            except UnsupportedSchema as error:
+                masks.append(constraint.everything)
+                errors[row] = error
+        if masks:
+            allowed = allowed_tokens(masks, logits.shape[1]).to(self._device)
+            logits[plan.constraining] = logits[plan.constraining].masked_fill(~allowed, -torch.inf)
+        return errors
 
     def _plan_for(self, names: tuple[str, ...]) -> _Plan:
         """The last step's plan when nothing has changed."""
@@ -111,6 +134,8 @@ class _Plan:
         self.names = names
         self._device = device
         params = [request.params for request in requests]
+        self.constrained = [(row, request.constraint) for row, request in enumerate(requests) if request.constraint is not None]
+        self.constraining = self._indices([row for row, _ in self.constrained])
         self._lay_out_draws(requests, vocabulary)
         self._lay_out_bias(params)
         self._lay_out_penalties(requests)
@@ -174,3 +199,17 @@ class _Plan:
 
     def _indices(self, values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._device)
+
+
+def _no_numbers() -> EngineFailed:
+    return EngineFailed("the model's logits are not finite")
+
+
+def _followed(choice: Choice, constraint: Constraint, error: UnsupportedSchema | None) -> Choice:
+    """The choice with its grammar one token further."""
+    if choice.error is not None or error is not None:
+        return replace(choice, error=error or choice.error)
+    try:
+        return replace(choice, complete=constraint.follow(choice.token_id))
+    except UnsupportedSchema as reason:
+        return replace(choice, error=reason)

@@ -17,7 +17,7 @@ from typing import TypeAlias
 
 import torch
 
-from lopa_server.engine.base import EngineFailed, EngineStats, EngineStopped
+from lopa_server.engine.base import EngineError, EngineFailed, EngineStats, EngineStopped
 from lopa_server.engine.content import CacheScope
 from lopa_server.engine.pair_queue import PairRow, PairStep
 from lopa_server.engine.scheduler import Scheduler, SchedulerLimits, Step, TokenStep
@@ -196,8 +196,10 @@ class Worker:
         owner = self._streams.get(name) or self._jobs.get(name)
         if owner is None:
             return
-        failure = EngineFailed(f"{type(error).__name__}: {error}")
-        failure.__cause__ = error
+        failure = error
+        if not isinstance(error, EngineError):
+            failure = EngineFailed(f"{type(error).__name__}: {error}")
+            failure.__cause__ = error
         self._outbox.append((owner.mailbox, failure))
         self._counts["failed"] += 1
         self._forget(name, reliable=False)
@@ -222,7 +224,7 @@ class Worker:
         for stream in streams:
             if not stream.sampled:
                 request, stream.sampled = stream.request, True
-                self._sampler.add(request.id, request.sampling, request.input.before + request.input.after)
+                self._sampler.add(request.id, request.sampling, request.input.before + request.input.after, stream.constraint)
         choices = self._sampler.choose([sequence.id for sequence in sequences], logits)
         for sequence, stream, choice in zip(sequences, streams, choices, strict=True):
             try:
