@@ -75,6 +75,9 @@ REASONS: Mapping[Reason, type[RemoteError]] = {
     Reason.INVALID_CREDENTIALS: Unauthenticated,
     Reason.EXPIRED_CREDENTIALS: Unauthenticated,
     Reason.MISSING_SCOPE: PermissionDenied,
+    Reason.RATE_EXCEEDED: ResourceExhausted,
+    Reason.QUOTA_EXCEEDED: ResourceExhausted,
+    Reason.TIME_LIMIT: DeadlineExceeded,
     Reason.INTERNAL: ServerError,
 }
 """Every reason of the catalogue; it says more than the status, so it wins."""

@@ -29,6 +29,10 @@ from lopa_server.identity.interceptor import Door
 from lopa_server.identity.keys import KeyFileError
 from lopa_server.identity.tls import CertificateError, CertificateFiles
 from lopa_server.identity.tokens import JwksError
+from lopa_server.limits import TrafficLimits
+from lopa_server.metering.limits import LimitsFileError
+from lopa_server.metering.meter import Meter
+from lopa_server.metering.usage import UsageError, UsageRecorder, UsageStore
 from lopa_server.service.catalog import CatalogHandler, PublishedBundle, model_revision
 from lopa_server.service.decoding import TolerantDecoding
 from lopa_server.service.gate import Gate, State
@@ -67,6 +71,7 @@ class ServerApp:
         self._watching: asyncio.Task[None] | None = None
         self._closing = False
         self._gate: Gate | None = None
+        self._meter: Meter | None = None
         self._health = health.aio.HealthServicer()
         self._handlers = Handlers()
         self._server: grpc.aio.Server | None = None
@@ -108,10 +113,11 @@ class ServerApp:
         await self._close()
 
     async def _bind(self) -> None:
-        self._gate = Gate(self._config.limits.max_message_bytes)
+        meter = await self._start_meter()
+        self._gate = Gate(self._config.limits.max_message_bytes, meter, self._config.traffic)
         server = grpc.aio.server(
             interceptors=[*await self._doors(), TolerantDecoding(NAMES)],
-            options=_channel_options(self._config.limits.max_message_bytes),
+            options=_channel_options(self._config.limits.max_message_bytes, self._config.traffic),
             maximum_concurrent_rpcs=self._config.call_bound,
         )
         catalog_pb2_grpc.add_CatalogServicer_to_server(CatalogServicer(self._gate, self._handlers), server)
@@ -128,6 +134,16 @@ class ServerApp:
         self.address = f"{host}:{port}"
         await server.start()
         self._server = server
+
+    async def _start_meter(self) -> Meter:
+        try:
+            store = await asyncio.to_thread(UsageStore, self._config.usage) if self._config.usage is not None else None
+            meter = Meter(UsageRecorder(store), self._config.tenant_limits)
+        except (UsageError, LimitsFileError) as error:
+            raise ConfigError(str(error)) from error
+        await meter.start()
+        self._meter = meter
+        return meter
 
     async def _doors(self) -> list[grpc.aio.ServerInterceptor]:
         """What keeps strangers out, where identity is on."""
@@ -152,7 +168,7 @@ class ServerApp:
         """The port for probes: liveness only, the same answers."""
         if self._config.health_port is None:
             return
-        server = grpc.aio.server(options=_channel_options(1 << 10), maximum_concurrent_rpcs=HEALTH_CALLS)
+        server = grpc.aio.server(options=_channel_options(1 << 10, self._config.traffic), maximum_concurrent_rpcs=HEALTH_CALLS)
         check = grpc.unary_unary_rpc_method_handler(
             self._health.Check,
             request_deserializer=health_pb2.HealthCheckRequest.FromString,
@@ -223,6 +239,9 @@ class ServerApp:
             self._health_server = None
         if hasattr(self._handlers, "requests"):
             self._handlers.requests.close()
+        if self._meter is not None:
+            await self._meter.close()
+            self._meter = None
         if self._temporary is not None:
             self._temporary.cleanup()
             self._temporary = None
@@ -301,12 +320,19 @@ def start_server(config: ServerConfig) -> RunningServer:
     return server
 
 
-def _channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
+def _channel_options(max_message_bytes: int, traffic: TrafficLimits) -> list[tuple[str, int]]:
     """gRPC refuses what is far too large before reading it; our own check, with its typed error, comes a little earlier."""
     return [
         ("grpc.max_receive_message_length", max_message_bytes + (1 << 20)),
         ("grpc.max_send_message_length", -1),
         ("grpc.so_reuseport", 0),
+        ("grpc.max_metadata_size", traffic.header_bytes),
+        ("grpc.absolute_max_metadata_size", traffic.header_bytes),
+        ("grpc.max_concurrent_streams", traffic.streams_per_connection),
+        ("grpc.max_allowed_incoming_connections", traffic.connections),
+        ("grpc.max_connection_age_ms", round(traffic.connection_seconds * 1000)),
+        ("grpc.max_connection_age_grace_ms", round(traffic.stream_seconds * 1000)),
+        ("grpc.max_connection_idle_ms", round(traffic.idle_seconds * 1000)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ]

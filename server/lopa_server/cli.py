@@ -15,7 +15,8 @@ from lopa.cli.output import fail
 from lopa_server.config import ConfigError, ServerConfig
 from lopa_server.engine.base import UnsupportedModel
 from lopa_server.identity.config import AccessConfig
-from lopa_server.limits import ServiceLimits
+from lopa_server.limits import ServiceLimits, TrafficLimits
+from lopa_server.metering.cli import DEFAULT_PLACE
 from lopa_server.models import nano_bundle_folder, nano_folder
 
 DEFAULTS = ServerConfig(fm="")
@@ -51,6 +52,12 @@ def serve(
     audience: Annotated[str | None, typer.Option(help="Audience (aud) of tokens.")] = None,
     tenant_claim: Annotated[str, typer.Option(help="Claim of a token that names the tenant.")] = DEFAULTS.access.tenant_claim,
     scope_claim: Annotated[str, typer.Option(help="Claim of a token that holds its scopes.")] = DEFAULTS.access.scope_claim,
+    limits: Annotated[Path | None, typer.Option(help="Rates and quotas of tenants, TOML. Read again when it changes.")] = None,
+    usage: Annotated[
+        str | None, typer.Option(help="SQLite file or PostgreSQL URL for usage counters. Default with identity: lopa-usage.sqlite.")
+    ] = None,
+    max_call_seconds: Annotated[float, typer.Option(help="Age of a stream at most.")] = DEFAULTS.traffic.stream_seconds,
+    max_connections: Annotated[int, typer.Option(help="Connections at the same time.")] = DEFAULTS.traffic.connections,
     health_port: Annotated[int | None, typer.Option(help="One more port that answers only health checks, in plain text.")] = None,
     insecure_listen: Annotated[
         bool, typer.Option(help="Listen beyond this machine although something of encryption and identity is off.")
@@ -60,6 +67,8 @@ def serve(
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if fm is None and bundle is None and nano_bundle_folder().is_dir():
         bundle = nano_bundle_folder()
+    if usage is None and (keys is not None or jwks is not None or identify_by_certificate):
+        usage = DEFAULT_PLACE
     config = ServerConfig(
         fm=fm or nano_folder(),
         bundle=bundle,
@@ -78,6 +87,9 @@ def serve(
             client_ca=client_ca,
             client_certificates_identify=identify_by_certificate,
         ),
+        tenant_limits=limits,
+        usage=usage,
+        traffic=TrafficLimits(stream_seconds=max_call_seconds, connections=max_connections),
         health_port=health_port,
         dtype=dtype,
         device=device,

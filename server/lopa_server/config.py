@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lopa_server.identity.config import AccessConfig
-from lopa_server.limits import ServiceLimits
+from lopa_server.limits import ServiceLimits, TrafficLimits
+from lopa_server.metering.limits import LimitsFileError, read_limits
 
 DTYPES = ("float32", "bfloat16")
 DEFAULT_CALLS = 1024
@@ -58,6 +60,11 @@ class ServerConfig:
     """MiB for the key-value pool and the prefix cache in it; one full context at least. None: 40 % of the free memory, on
     a CPU 4 GiB at most."""
     limits: ServiceLimits = field(default_factory=ServiceLimits)
+    traffic: TrafficLimits = field(default_factory=TrafficLimits)
+    tenant_limits: Path | None = None
+    """TOML file of rates and quotas (`metering.limits`); read again when it changes. None: no such limits."""
+    usage: str | Path | None = None
+    """SQLite file, or URL of a PostgreSQL database, for usage counters. None: they end with the process."""
     access: AccessConfig = field(default_factory=AccessConfig)
     """Who may call, and encryption."""
     health_port: int | None = None
@@ -74,7 +81,7 @@ class ServerConfig:
 
     def check(self) -> None:
         """Raises ConfigError with everything that can't work, one line each."""
-        problems = [*self._ranges(), *self.access.problems(), *self._exposure()]
+        problems = [*self._ranges(), *self.access.problems(), *self._exposure(), *self._tenant_limits()]
         if problems:
             raise ConfigError("\n".join(problems))
 
@@ -89,12 +96,24 @@ class ServerConfig:
                 yield f"{name} is {value}; it must be at least 1"
         if self.dtype not in (None, *DTYPES):
             yield f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}"
+        for limit in dataclasses.fields(self.traffic):
+            value = getattr(self.traffic, limit.name)
+            if value <= 0:
+                yield f"traffic.{limit.name} is {value}; it must be above 0"
         if self.drain_seconds < 0:
             yield f"drain_seconds is {self.drain_seconds}; it can't be negative"
         if self.limits.max_virtual_tokens < 1:
             yield f"max_virtual_tokens is {self.limits.max_virtual_tokens}; it must be at least 1"
         if self.ready_file is not None and not self.ready_file.parent.is_dir():
             yield f"can't write the ready file {self.ready_file}: there is no folder {self.ready_file.parent}"
+
+    def _tenant_limits(self) -> list[str]:
+        try:
+            if self.tenant_limits is not None:
+                read_limits(self.tenant_limits)
+        except LimitsFileError as error:
+            return str(error).splitlines()
+        return []
 
     def _exposure(self) -> Iterator[str]:
         """Beyond this machine: encrypted and for known callers only, or with a flag that says otherwise."""

@@ -41,3 +41,23 @@ class ServiceLimits:
     """Sampling.n at most."""
     row_norm_multiple: float = 4.0
     """A soft-prompt row's L2 norm at most, as a multiple of the largest norm in the FM's embedding table."""
+
+
+@dataclass(frozen=True)
+class TrafficLimits:
+    """Bounds on connections and calls, whoever they are from. One line a field."""
+
+    connections: int = 4096
+    """Open at the same time; gRPC closes what comes beyond at once."""
+    streams_per_connection: int = 1024
+    """Calls at the same time on one connection; a client's library keeps the next ones waiting on its side."""
+    header_bytes: int = 16 << 10
+    """All headers of a call together."""
+    connection_seconds: float = 3600.0
+    """Age of a connection, after which its client is asked for a new one. Running calls may finish."""
+    idle_seconds: float = 900.0
+    """A connection without calls is closed after so long."""
+    unary_seconds: float = 600.0
+    """A call with one reply takes so long at most, whatever deadline its client has set, or not set."""
+    stream_seconds: float = 3600.0
+    """The same for streams: their age at most, and how long a client that doesn't read may hold one."""

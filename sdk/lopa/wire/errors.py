@@ -44,6 +44,9 @@ class Reason(Enum):
     INVALID_CREDENTIALS = "INVALID_CREDENTIALS"
     EXPIRED_CREDENTIALS = "EXPIRED_CREDENTIALS"
     MISSING_SCOPE = "MISSING_SCOPE"
+    RATE_EXCEEDED = "RATE_EXCEEDED"
+    QUOTA_EXCEEDED = "QUOTA_EXCEEDED"
+    TIME_LIMIT = "TIME_LIMIT"
     INTERNAL = "INTERNAL"
 
 
@@ -90,6 +93,13 @@ CATALOGUE: Mapping[Reason, Entry] = {
     Reason.INVALID_CREDENTIALS: Entry(grpc.StatusCode.UNAUTHENTICATED, "the credentials are not valid here"),
     Reason.EXPIRED_CREDENTIALS: Entry(grpc.StatusCode.UNAUTHENTICATED, "the credentials have expired"),
     Reason.MISSING_SCOPE: Entry(grpc.StatusCode.PERMISSION_DENIED, "{field} needs the scope {limit}, which these credentials don't have"),
+    Reason.RATE_EXCEEDED: Entry(
+        grpc.StatusCode.RESOURCE_EXHAUSTED, "{field} is used up for now: {found} asked for, the limit is {limit}; try again later"
+    ),
+    Reason.QUOTA_EXCEEDED: Entry(
+        grpc.StatusCode.RESOURCE_EXHAUSTED, "{field} is used up: {found} of {limit}; it starts anew with the next day (UTC)"
+    ),
+    Reason.TIME_LIMIT: Entry(grpc.StatusCode.DEADLINE_EXCEEDED, "{field} took longer than the {limit} that this server allows"),
     Reason.INTERNAL: Entry(grpc.StatusCode.INTERNAL, "internal error; the server's log has the detail under request id {found}"),
 }
 

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import secrets
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -17,7 +17,8 @@ from lopa.wire.tensors import encode_rows
 
 from lopa_server.engine.base import Delta, Engine, Finish, GenerateRequest, PairRequest, PairResult, TokenLogprobs
 from lopa_server.engine.randomness import continuation_seed
-from lopa_server.identity.caller import Caller, cache_salt
+from lopa_server.identity.caller import cache_salt
+from lopa_server.metering.meter import MeteredCall
 from lopa_server.service.continuations import interleaved
 from lopa_server.validation.requests import Applied, CheckedGenerate, CheckedPair, RequestChecker
 
@@ -52,40 +53,42 @@ class RequestHandlers:
         return await asyncio.get_running_loop().run_in_executor(self._checking, check, request)
 
     async def generate(
-        self, request: inference_pb2.GenerateRequest, caller: Caller
+        self, request: inference_pb2.GenerateRequest, call: MeteredCall
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         """The stream of deltas; usage and receipt in the last one."""
         checked = await self._check(self._checker.generate, request)
-        streams = [self._engine.generate(work) for work in self._works(checked, caller)]
+        call.spend(tokens=len(checked.input) * checked.continuations)
+        streams = [self._engine.generate(work) for work in self._works(checked, call)]
         generated, going = 0, len(streams)
         async with contextlib.aclosing(interleaved(streams)) as deltas:
             async for index, delta in deltas:
                 generated += len(delta.token_ids)
+                call.generated(len(delta.token_ids))
                 going -= delta.finish is not None
                 response = _delta_message(delta, index)
                 if not going:
                     self._complete(response, checked, generated)
                 yield response
 
-    def _works(self, checked: CheckedGenerate, caller: Caller) -> list[GenerateRequest]:
+    def _works(self, checked: CheckedGenerate, call: MeteredCall) -> list[GenerateRequest]:
         """One request to the engine for each continuation, with a seed of its own."""
         number, sampling = next(self._numbers), checked.sampling
-        salt = cache_salt(self._salt_secret, caller.tenant)
+        salt = cache_salt(self._salt_secret, call.caller.tenant)
         return [
             GenerateRequest(
                 f"generate-{number}.{index}",
                 checked.input,
                 dataclasses.replace(sampling, seed=continuation_seed(sampling.seed, index)),
-                tenant=caller.tenant,
+                tenant=call.caller.tenant,
                 cache_salt=salt,
             )
             for index in range(checked.continuations)
         ]
 
-    async def score(self, request: inference_pb2.ScoreRequest, caller: Caller) -> inference_pb2.ScoreResponse:
+    async def score(self, request: inference_pb2.ScoreRequest, call: MeteredCall) -> inference_pb2.ScoreResponse:
         """Likelihoods in the order of the request."""
         checked = await self._check(self._checker.score, request)
-        results = await self._engine.score(self._salted(checked, caller))
+        results = await self._engine.score(self._admitted(checked, call))
         response = inference_pb2.ScoreResponse()
         for result, pair in zip(results, checked, strict=True):
             response.scores.append(
@@ -93,15 +96,17 @@ class RequestHandlers:
             )
         return response
 
-    async def prompt_gradients(self, request: tuning_pb2.PromptGradientsRequest, caller: Caller) -> tuning_pb2.PromptGradientsResponse:
+    async def prompt_gradients(self, request: tuning_pb2.PromptGradientsRequest, call: MeteredCall) -> tuning_pb2.PromptGradientsResponse:
         """Likelihoods and gradients in the order of the request."""
         checked = await self._check(self._checker.gradients, request)
-        results = await self._engine.prompt_gradients(self._salted(checked.pairs, caller))
+        results = await self._engine.prompt_gradients(self._admitted(checked.pairs, call))
         messages = await self._check(lambda pairs: self._gradient_messages(pairs, results, checked.dtype), checked.pairs)
         return tuning_pb2.PromptGradientsResponse(gradients=messages)
 
-    def _salted(self, pairs: Iterable[CheckedPair], caller: Caller) -> list[PairRequest]:
-        salt = cache_salt(self._salt_secret, caller.tenant)
+    def _admitted(self, pairs: Sequence[CheckedPair], call: MeteredCall) -> list[PairRequest]:
+        """What the engine gets, once the tenant's limits allow it."""
+        call.spend(tokens=sum(len(checked.pair) for checked in pairs), pairs=len(pairs))
+        salt = cache_salt(self._salt_secret, call.caller.tenant)
         return [dataclasses.replace(checked.pair, cache_salt=salt) for checked in pairs]
 
     def _gradient_messages(

@@ -7,10 +7,12 @@ and everything the call held is given back at once instead of when a generator i
 from __future__ import annotations
 
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
+from google.protobuf.message import Message
 from lopa.v1 import catalog_pb2, catalog_pb2_grpc, inference_pb2, inference_pb2_grpc, tuning_pb2, tuning_pb2_grpc
 
+from lopa_server.metering.meter import MeteredCall
 from lopa_server.service.catalog import CatalogHandler
 from lopa_server.service.gate import Gate
 from lopa_server.service.handlers import RequestHandlers
@@ -20,6 +22,15 @@ NAMES = tuple(
     for module, name in ((catalog_pb2, "Catalog"), (inference_pb2, "Inference"), (tuning_pb2, "Tuning"))
 )
 """Full names of our services, for health and reflection."""
+
+
+Reply = TypeVar("Reply", bound=Message)
+
+
+def _counted(call: MeteredCall, reply: Reply) -> Reply:
+    """The reply, its bytes counted."""
+    call.sent(reply.ByteSize())
+    return reply
 
 
 class Handlers:
@@ -34,13 +45,16 @@ class CatalogServicer(catalog_pb2_grpc.CatalogServicer):
         self._gate, self._handlers = gate, handlers
 
     async def GetModel(self, request: catalog_pb2.GetModelRequest, context: Any) -> catalog_pb2.ModelInfo:
-        async with self._gate.call(request, context):
-            return self._handlers.catalog.model_info()
+        async with self._gate.call("GetModel", request, context) as call:
+            return _counted(call, self._handlers.catalog.model_info())
 
     async def FetchBundle(self, request: catalog_pb2.FetchBundleRequest, context: Any) -> None:
-        async with self._gate.call(request, context), aclosing(self._handlers.catalog.bundle_chunks(request)) as chunks:
+        async with (
+            self._gate.call("FetchBundle", request, context) as call,
+            aclosing(self._handlers.catalog.bundle_chunks(request)) as chunks,
+        ):
             async for chunk in chunks:
-                await context.write(chunk)
+                await context.write(_counted(call, chunk))
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
@@ -48,13 +62,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self._gate, self._handlers = gate, handlers
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Any) -> None:
-        async with self._gate.call(request, context) as caller, aclosing(self._handlers.requests.generate(request, caller)) as responses:
+        async with (
+            self._gate.call("Generate", request, context) as call,
+            aclosing(self._handlers.requests.generate(request, call)) as responses,
+        ):
             async for response in responses:
-                await context.write(response)
+                await context.write(_counted(call, response))
 
     async def Score(self, request: inference_pb2.ScoreRequest, context: Any) -> inference_pb2.ScoreResponse:
-        async with self._gate.call(request, context) as caller:
-            return await self._handlers.requests.score(request, caller)
+        async with self._gate.call("Score", request, context) as call:
+            return _counted(call, await self._handlers.requests.score(request, call))
 
 
 class TuningServicer(tuning_pb2_grpc.TuningServicer):
@@ -62,5 +79,5 @@ class TuningServicer(tuning_pb2_grpc.TuningServicer):
         self._gate, self._handlers = gate, handlers
 
     async def PromptGradients(self, request: tuning_pb2.PromptGradientsRequest, context: Any) -> tuning_pb2.PromptGradientsResponse:
-        async with self._gate.call(request, context) as caller:
-            return await self._handlers.requests.prompt_gradients(request, caller)
+        async with self._gate.call("PromptGradients", request, context) as call:
+            return _counted(call, await self._handlers.requests.prompt_gradients(request, call))

@@ -10,6 +10,7 @@ from google.rpc import error_details_pb2, status_pb2
 from lopa.wire.errors import DOMAIN, Reason, WireError
 
 from lopa_server.engine.base import EngineStopped, QueueFull, UnsupportedSchema
+from lopa_server.metering.meter import OverLimit
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +28,26 @@ def status_for(error: Exception) -> status_pb2.Status:
         return _status(full, min(LONGEST_RETRY, max(SHORTEST_RETRY, error.retry_after)))
     if isinstance(error, UnsupportedSchema):
         return _status(WireError(Reason.UNSUPPORTED, "sampling.json_schema", found=error), None)
+    if isinstance(error, OverLimit):
+        return _over_limit(error)
     if isinstance(error, EngineStopped):
         return _status(WireError(Reason.DRAINING), RETRY_SECONDS[Reason.DRAINING])
     request_id = secrets.token_hex(8)
     log.error("request %s failed", request_id, exc_info=error)
     return _status(WireError(Reason.INTERNAL, found=request_id), None)
+
+
+def _over_limit(error: OverLimit) -> status_pb2.Status:
+    """With a QuotaFailure that names the quota, besides what every refusal has."""
+    limit, used = f"{error.limit:g}", f"{error.used:g}"
+    if error.daily:
+        refusal = WireError(Reason.QUOTA_EXCEEDED, error.name, limit=limit, found=used)
+    else:
+        refusal = WireError(Reason.RATE_EXCEEDED, error.name, limit=limit, found=used)
+    status = _status(refusal, max(SHORTEST_RETRY, error.retry_after))
+    violation = error_details_pb2.QuotaFailure.Violation(subject=f"tenant:{error.tenant}", description=str(refusal), quota_id=error.name)
+    status.details.add().Pack(error_details_pb2.QuotaFailure(violations=[violation]))
+    return status
 
 
 def _status(error: WireError, retry_seconds: float | None) -> status_pb2.Status:
