@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -44,10 +45,12 @@ def export_bundle(
     lopa: LoPA,
     tuning: TuningDefaults | None = None,
     personal_dtype: str | None = None,
+    shrink: Callable[[Path], object] | None = None,
 ) -> Bundle:
     """Write and verify a bundle at `out`, which is replaced as a whole or not at all.
 
     personal_dtype: how personal tensors rest on the device, "F16" or "F32"; by default F16 for profile "factors", else F32.
+    shrink: makes the verified encode.onnx smaller in its place and refuses what costs too much (`lopa_exporters.quality.Shrinker`).
 
     Raises:
         ValueError: the parts don't fit each other, or `out` exists and is not a bundle.
@@ -66,6 +69,8 @@ def export_bundle(
         folder.mkdir()
         lopa = _at_rest(lopa, dtype)
         _write_files(folder, encoder, lopa, dtype)
+        if shrink is not None:
+            shrink(folder / "encode.onnx")
         manifest = _manifest(folder, fm, encoder, lopa, tuning or TuningDefaults(), dtype)
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         Bundle.open(folder)

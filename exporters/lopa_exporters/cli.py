@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from lopa.bundle import Bundle
-
-    from lopa_exporters.pipeline import ExportPlan
+    from lopa_exporters.pipeline import ExportPlan, Made
 
 Profile = Literal["factors", "heads", "prompt"]
 Composition = Literal["product", "add", "concat", "max", "none"]
-_METHOD, _TRAINING, _ENCODER = "Method", "Training from a population", "Encoder"
+Scheme = Literal["none", "fp16", "int8", "int4"]
+_METHOD, _TRAINING, _ENCODER, _SIZE = "Method", "Training from a population", "Encoder", "Quantization"
 
 
 def export(
@@ -58,6 +57,14 @@ def export(
     tuning_rate: Annotated[float, typer.Option(min=0, help="Learning rate of devices, and of persons in training.")] = 1e-2,
     tuning_steps: Annotated[int, typer.Option(min=1, help="Steps that devices take by default.")] = 100,
     seed: Annotated[int, typer.Option(help="Of start values and order.")] = 0,
+    quantize: Annotated[Scheme, typer.Option(help="Make the encoder smaller.", rich_help_panel=_SIZE)] = "none",
+    max_loss: Annotated[
+        float, typer.Option(min=0, help="Percent that a quantized encoder may raise the model's loss.", rich_help_panel=_SIZE)
+    ] = 0.5,
+    examples: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="JSONL that this is measured on; default: held examples.", rich_help_panel=_SIZE),
+    ] = None,
 ) -> None:
     """Make a bundle for a foundation model: train the shared part on a population, export the graphs, verify them against torch."""
     from lopa.bundle import TuningDefaults
@@ -69,6 +76,7 @@ def export(
     from lopa_exporters.lopa import LoPAConfig
     from lopa_exporters.pipeline import ExportPlan, make_bundle
     from lopa_exporters.population import PopulationConfig
+    from lopa_exporters.quality import Gate
     from lopa_exporters.verify import ExportError
 
     chatter.disable_progress_bar()
@@ -112,12 +120,15 @@ def export(
             tuning=TuningDefaults(learning_rate=tuning_rate, steps=tuning_steps),
             bf16=bf16,
             seed=seed,
+            quantize=quantize,
+            gate=Gate(loss=max_loss / 100),
+            examples=examples,
         )
-        bundle = make_bundle(plan, TerminalReporter())
+        made = make_bundle(plan, TerminalReporter())
     except (ValueError, OSError, ExportError) as error:
         typer.echo(f"lopa: {error}", err=True)
         raise typer.Exit(1) from error
-    show(bundle, plan)
+    show(made, plan)
 
 
 def parse_corrections(text: str) -> dict[str, int]:
@@ -153,15 +164,17 @@ class TerminalReporter:
                 progress.update(task, total=1, completed=1)
 
 
-def show(bundle: Bundle, plan: ExportPlan) -> None:
+def show(made: Made, plan: ExportPlan) -> None:
     """What was made, as a table; and a loud note when nothing was learned."""
     import math
 
     from rich.console import Console
     from rich.table import Table
 
-    manifest = bundle.manifest
-    table = Table(title=f"Bundle {manifest.id[:16]} in {bundle.folder}", show_header=False)
+    from lopa_exporters.quality import rows_of
+
+    manifest = made.bundle.manifest
+    table = Table(title=f"Bundle {manifest.id[:16]} in {made.bundle.folder}", show_header=False)
     table.add_row("model", f"{manifest.fm.name}, hidden size {manifest.fm.hidden_size}, fingerprint {manifest.fm.fingerprint[:16]}")
     table.add_row("encoder", f"{manifest.encoder.name}, {manifest.encoder.max_tokens} tokens")
     table.add_row("method", f"{manifest.profile}, {manifest.composition}, m {manifest.rows}, r {manifest.rank}")
@@ -172,6 +185,10 @@ def show(bundle: Bundle, plan: ExportPlan) -> None:
     count = sum(math.prod(spec.shape) for spec in manifest.personal)
     size = sum(math.prod(spec.shape) * int(spec.dtype[1:]) // 8 for spec in manifest.personal)
     table.add_row("a user owns", f"{count:,} values, {size:,} bytes")
+    if made.quality is not None:
+        for name, value in rows_of(made.quality).items():
+            table.add_row(f"quantized: {name}", value)
+        plan.out.with_name(f"{plan.out.name}.quality.json").write_text(made.quality.to_json(), encoding="utf-8")
     Console().print(table)
     if plan.population is None and manifest.profile == "factors":
         Console(stderr=True).print(

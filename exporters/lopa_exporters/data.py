@@ -80,14 +80,27 @@ class Dataset:
         return [self.tokens[i] for i in indices]
 
     def split(self, validation: int) -> tuple[tuple[Indices, ...], tuple[Indices, ...]]:
-        """Each person's rows for training, and every so-many-th for validation (at most `validation` of them, half of the rows)."""
-        train, held = [], []
-        for rows in self.rows:
-            count = min(validation, len(rows) // 2)
-            places = np.linspace(0, len(rows) - 1, count).round().astype(np.int64) if count else np.zeros(0, np.int64)
-            held.append(rows[places])
-            train.append(np.delete(rows, places))
-        return tuple(train), tuple(held)
+        """Each person's rows for training, and those for validation: see `split_rows`."""
+        return split_rows(self.rows, validation)
+
+
+def split_rows(people: Sequence[Indices], validation: int) -> tuple[tuple[Indices, ...], tuple[Indices, ...]]:
+    """Each person's rows for training, and every so-many-th for validation (at most `validation` of them, half of the rows)."""
+    train, held = [], []
+    for rows in people:
+        count = min(validation, len(rows) // 2)
+        places = np.linspace(0, len(rows) - 1, count).round().astype(np.int64) if count else np.zeros(0, np.int64)
+        held.append(rows[places])
+        train.append(np.delete(rows, places))
+    return tuple(train), tuple(held)
+
+
+def persons_of(examples: Sequence[Example]) -> tuple[tuple[tuple[str, str], ...], tuple[Indices, ...]]:
+    """Every (user, task) in order of appearance, and each one's rows."""
+    people = list(dict.fromkeys((example.user, example.task) for example in examples))
+    number = {person: i for i, person in enumerate(people)}
+    owners = np.array([number[example.user, example.task] for example in examples])
+    return tuple(people), tuple(np.flatnonzero(owners == i) for i in range(len(people)))
 
 
 def build_dataset(
@@ -122,7 +135,5 @@ def build_dataset(
     features = encoder.encode([example.prefix + example.prompt for example in examples], on_progress=on_progress)
     if standardize and isinstance(encoder, Encoder):
         features = encoder.restandardize(features)
-    people = list(dict.fromkeys((example.user, example.task) for example in examples))
-    number = {person: i for i, person in enumerate(people)}
-    owners = np.array([number[example.user, example.task] for example in examples])
-    return Dataset(tokens, features, tuple(people), tuple(np.flatnonzero(owners == i) for i in range(len(people))))
+    people, rows = persons_of(examples)
+    return Dataset(tokens, features, people, rows)

@@ -197,6 +197,7 @@ def _export(
             dynamo=True,
         )
     model = strip(program.model_proto)
+    order_gelu(model)
     _name_axes(model.graph, axes)
     onnx.save(model, path)
 
@@ -225,6 +226,24 @@ def _name_axes(graph: Any, axes: Mapping[str, Mapping[int, Any]]) -> None:
         for dim in value.type.tensor_type.shape.dim:
             if dim.HasField("dim_param"):
                 dim.dim_param = names.get(dim.dim_param, dim.dim_param)
+
+
+def order_gelu(model: Any) -> None:
+    """Rewrite x * (0.5 * (1 + erf)) as (x * (1 + erf)) * 0.5, in place: the same values, in the form that ONNX Runtime fuses."""
+    users: dict[str, list[Any]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+    for erf in (node for node in model.graph.node if node.op_type == "Erf"):
+        chain = [erf]
+        while len(chain) < 4 and len(users.get(chain[-1].output[0], [])) == 1:
+            chain.append(users[chain[-1].output[0]][0])
+        if [node.op_type for node in chain] != ["Erf", "Add", "Mul", "Mul"]:
+            continue
+        _, one_plus, half, last = chain
+        factor, x = (next(name for name in node.input if name != before.output[0]) for before, node in ((one_plus, half), (half, last)))
+        if any(tensor.name == factor for tensor in model.graph.initializer):
+            half.input[:], last.input[:] = [x, one_plus.output[0]], [half.output[0], factor]
 
 
 def strip(model: Any) -> Any:

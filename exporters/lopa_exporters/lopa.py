@@ -162,9 +162,15 @@ def soft_prompt(
     z = z.expand(x.shape[0], *z.shape)
     if not config.has_instance_part:
         return z
-    u = _head(config, tensors, "u", functional.dropout(x, dropout, training=dropout > 0)).reshape(-1, config.rows, config.rank)
-    v = _head(config, tensors, "v", functional.dropout(x, dropout, training=dropout > 0)).reshape(-1, config.hidden, config.rank)
+    u, v = instance_factors(config, tensors, x, dropout)
     return compose(config.composition, z, u @ v.mT)
+
+
+def instance_factors(config: LoPAConfig, tensors: Mapping[str, Tensor], x: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
+    """U (b, m, r) and V (b, d, r) for x (b, h); tensors: shared and personal ones together."""
+    u = _head(config, tensors, "u", functional.dropout(x, dropout, training=dropout > 0))
+    v = _head(config, tensors, "v", functional.dropout(x, dropout, training=dropout > 0))
+    return u.reshape(-1, config.rows, config.rank), v.reshape(-1, config.hidden, config.rank)
 
 
 def compose(composition: str, z: Tensor, instance: Tensor) -> Tensor:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from lopa.bundle import Bundle, TuningDefaults
 
 from lopa_exporters.bundle import export_bundle, read_fm_spec
-from lopa_exporters.data import Dataset, build_dataset, read_examples
+from lopa_exporters.data import Dataset, Example, build_dataset, persons_of, read_examples, split_rows
 from lopa_exporters.encoder import Encoder, EncoderConfig, NoEncoder, plain_tokenizer
 from lopa_exporters.frozen import FrozenModel
 from lopa_exporters.lopa import LoPA, LoPAConfig, init_lopa
 from lopa_exporters.population import PopulationConfig, PopulationTrainer
+from lopa_exporters.probes import PROBES
+from lopa_exporters.quality import Gate, Quality, Shrinker
+
+MEASURED = 64
+"""Examples that a quantized encoder is measured on."""
 
 
 class Reporter(Protocol):
@@ -53,14 +59,28 @@ class ExportPlan:
     """Of the start values."""
     fm_name: str = ""
     """What the manifest calls the model; empty is its folder's name."""
+    quantize: str = "none"
+    """A scheme of `lopa_exporters.quantize`, or "none"."""
+    gate: Gate = dataclasses.field(default_factory=Gate)
+    """What a quantized encoder may cost."""
+    examples: Path | None = None
+    """What the cost is measured on; else the population's held examples; without either, `lopa_exporters.probes`."""
 
 
-def make_bundle(plan: ExportPlan, reporter: Reporter) -> Bundle:
+@dataclass(frozen=True)
+class Made:
+    """A finished bundle, and what its quantized encoder costs."""
+
+    bundle: Bundle
+    quality: Quality | None
+
+
+def make_bundle(plan: ExportPlan, reporter: Reporter) -> Made:
     """Load, train where there is a population, export, verify.
 
     Raises:
         ValueError, OSError: a model, a file or a setting that cannot be used. DataError: an example that cannot be.
-        ExportError: an exported graph is not what torch computes.
+        ExportError: an exported graph is not what torch computes, or a quantized one costs more than the gate allows.
     """
     with reporter.task("Loading models", None):
         spec = read_fm_spec(plan.fm, plan.fm_name)
@@ -71,8 +91,41 @@ def make_bundle(plan: ExportPlan, reporter: Reporter) -> Bundle:
         dataset = prepare(plan.population, fm, encoder, lopa.config, reporter)
         if trains(lopa, plan.training):
             lopa = _train(plan, fm, dataset, lopa, reporter)
+    shrinker = make_shrinker(plan, fm, encoder, lopa)
     with reporter.task("Exporting and verifying", None):
-        return export_bundle(plan.out, fm=spec, encoder=encoder, lopa=lopa, tuning=plan.tuning, personal_dtype=plan.personal_dtype)
+        bundle = export_bundle(
+            plan.out, fm=spec, encoder=encoder, lopa=lopa, tuning=plan.tuning, personal_dtype=plan.personal_dtype, shrink=shrinker
+        )
+    return Made(bundle, shrinker.quality if shrinker else None)
+
+
+def make_shrinker(plan: ExportPlan, fm: FrozenModel, encoder: Encoder | NoEncoder, lopa: LoPA) -> Shrinker | None:
+    """What makes the encoder smaller and measures the cost; None where nothing is to be quantized.
+
+    Raises:
+        ValueError: there is no encoder to quantize.
+    """
+    if plan.quantize == "none":
+        return None
+    if not isinstance(encoder, Encoder):
+        raise ValueError(f"quantize is {plan.quantize}; a method without an instance part has no encoder")
+    encoder.config = dataclasses.replace(encoder.config, name=f"{encoder.config.label}, {plan.quantize}")
+    if plan.examples is not None:
+        examples = spread(read_examples(plan.examples))
+    elif plan.population is not None:
+        everybody = read_examples(plan.population)
+        held = np.concatenate(split_rows(persons_of(everybody)[1], plan.training.validation)[1])
+        examples = spread([everybody[i] for i in held] or everybody)
+    else:
+        examples = PROBES
+    dataset = build_dataset(examples, fm, encoder, soft_rows=lopa.config.soft_prompt_rows, standardize=False)
+    return Shrinker(plan.quantize, encoder, lopa, fm, examples, dataset, plan.gate)
+
+
+def spread(examples: Sequence[Example], count: int = MEASURED) -> list[Example]:
+    """At most `count` examples, evenly over all."""
+    places = np.linspace(0, len(examples) - 1, min(count, len(examples))).round().astype(np.int64)
+    return [examples[i] for i in places]
 
 
 def load_encoder(config: EncoderConfig, method: LoPAConfig, fm: FrozenModel) -> Encoder | NoEncoder:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lopa_exporters.encoder import pad_right
 from lopa_exporters.graphs import BETA2, EPSILON, INSTANCE, MOMENTS, SCALARS, initial_moments
 from lopa_exporters.lopa import LoPA, Tensors, soft_prompt
+from lopa_exporters.quantize import session_of
 
 TOLERANCE = 1e-5
 """Largest absolute difference allowed, relative to the larger of 1 and the largest value expected."""
@@ -36,13 +37,8 @@ class Graph:
     """An ONNX graph on one core of ONNX Runtime's CPU provider, its values and names as torch has them."""
 
     def __init__(self, path: Path) -> None:
-        import onnxruntime as ort
-
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.log_severity_level = 3
         self.name = path.name
-        self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.session = session_of(path)
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         names = [output.name for output in self.session.get_outputs()]
