@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import Counter
 
@@ -302,3 +303,34 @@ def test_no_block_leaks_and_no_request_is_stuck(requests: int) -> None:
     assert sum(load.outcomes.values()) == requests and min(load.outcomes.values()) > requests / 100
     assert load.scheduler.preemptions > requests / 1000 and load.scheduler.hit_tokens > 0
     assert load.scheduler.blocks.used == 0 == load.scheduler.waiting == load.scheduler.running == load.scheduler.pairs_waiting
+
+
+def test_a_tenants_flood_of_pairs_delays_nobody_elses() -> None:
+    scheduler = Scheduler(SchedulerLimits(pair_positions=100))
+    for number in range(20):
+        scheduler.add_pairs(f"flood{number}", GRADIENTS, _costs(*[100] * 5), tenant="flood")
+    for _ in range(3):
+        _pair_step(scheduler)
+    scheduler.add_pairs("other", GRADIENTS, _costs(100, 100), tenant="other")
+    steps = [_named(_pair_step(scheduler)) for _ in range(4)]
+    assert sum(("other", index) in step for index in range(2) for step in steps) == 2
+
+
+def test_pairs_of_low_priority_wait_for_the_others() -> None:
+    scheduler = Scheduler(SchedulerLimits(pair_positions=200))
+    scheduler.add_pairs("low", GRADIENTS, _costs(100, 100), low_priority=True)
+    scheduler.add_pairs("normal", GRADIENTS, _costs(*[100] * 4))
+    steps = [{name for name, _ in _named(_pair_step(scheduler))} for _ in range(3)]
+    assert steps == [{"normal"}, {"normal"}, {"low"}]
+
+
+def test_a_request_that_does_not_fit_yet_is_passed_by_one_that_does() -> None:
+    scheduler = Scheduler(SchedulerLimits(kv_positions=8 * SIZE))
+    scheduler.add(_sequence("running", 2 * SIZE))
+    scheduler.next_step()
+    scheduler.add(dataclasses.replace(_sequence("large", 7 * SIZE), tenant="a"))
+    scheduler.add(dataclasses.replace(_sequence("small", SIZE), tenant="b"))
+    assert set(_token_step(scheduler)) == {"small"}
+    scheduler.remove("running")
+    scheduler.remove("small")
+    assert set(_token_step(scheduler)) == {"large"}

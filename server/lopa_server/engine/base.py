@@ -161,6 +161,8 @@ class PairRequest:
 
     input: InputSequence
     target: tuple[int, ...]
+    tenant: str = ""
+    """Whose pair it is. All pairs of a call are of one tenant."""
     cache_salt: bytes = b""
     """As in `GenerateRequest`."""
     low_priority: bool = False

@@ -7,7 +7,7 @@ for the soft rows and what follows them only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import islice
@@ -15,6 +15,8 @@ from typing import TypeVar
 
 from lopa_server.engine.block_manager import BlockManager
 from lopa_server.engine.content import Content, blocks_for
+from lopa_server.engine.fair_queue import FairQueue
+from lopa_server.engine.waiting import WaitingRequest
 
 Name = TypeVar("Name")
 CANDIDATES = 2048
@@ -69,15 +71,19 @@ class _Job:
     kind: PairKind
     costs: Sequence[PairCost]
     pending: dict[int, None]
+    tenant: str
+    low_priority: bool
 
 
 class PairQueue:
     """Calls with the pairs that are still to be computed."""
 
-    def __init__(self, *, positions: int, targets: int, similar: float) -> None:
-        """Bounds as in `SchedulerLimits`: pair_positions, pair_targets, similar."""
+    def __init__(self, *, positions: int, targets: int, similar: float, weight: Callable[[str], float] | None = None) -> None:
+        """Bounds as in `SchedulerLimits`: pair_positions, pair_targets, similar. weight: as in `FairQueue`."""
         self._positions, self._targets, self._similar = positions, targets, similar
         self._jobs: dict[str, _Job] = {}
+        self._turns = {low_priority: FairQueue(weight) for low_priority in (False, True)}
+        """Whose call leads the next micro-batch; those of low priority when there are no others."""
         self.whole = 0
         """Pairs with a prefix that were computed whole, since the pool had no room for it."""
 
@@ -87,28 +93,39 @@ class PairQueue:
     def __bool__(self) -> bool:
         return bool(self._jobs)
 
-    def add(self, job_id: str, kind: PairKind, costs: Sequence[PairCost]) -> None:
+    def add(self, job_id: str, kind: PairKind, costs: Sequence[PairCost], *, tenant: str = "", low_priority: bool = False) -> None:
         """A call's pairs; they are computed in any order and grouping."""
-        self._jobs[job_id] = _Job(kind, costs, dict.fromkeys(range(len(costs))))
+        self._jobs[job_id] = _Job(kind, costs, dict.fromkeys(range(len(costs))), tenant, low_priority)
+        self._turns[low_priority].push(WaitingRequest(job_id, tenant, sum(cost.positions for cost in costs), 0))
 
     def remove(self, job_id: str) -> None:
         """Forget a call; unknown ids are ignored."""
-        self._jobs.pop(job_id, None)
+        job = self._jobs.pop(job_id, None)
+        if job is not None:
+            self._turns[job.low_priority].remove(job_id)
 
     def next_step(self, blocks: BlockManager) -> PairStep:
-        """The oldest call's next pair, and pairs of similar length from every call of its kind. There must be one."""
-        first_id, first = next(iter(self._jobs.items()))
-        jobs = {name: job for name, job in self._jobs.items() if job.kind is first.kind}
+        """A pair of the call whose turn it is, and pairs of similar length from every call of its kind. There must be one.
+
+        Each tenant is charged for what it gets, so that the one that has had least leads the next micro-batch.
+        """
+        first_id = (self._turns[False].candidates() or self._turns[True].candidates())[0]
+        first = self._jobs[first_id]
+        alike = (first.kind, first.low_priority)
+        jobs = {name: job for name, job in self._jobs.items() if (job.kind, job.low_priority) == alike}
         waiting = (((name, index), job.costs[index].rest) for name, job in jobs.items() for index in job.pending)
         anchor = (first_id, next(iter(first.pending)))
         chosen = similar_lengths(islice(waiting, CANDIDATES), anchor, self._positions, self._similar)
         rows = self._with_prefixes(self._within_targets(chosen), blocks)
+        turns = self._turns[first.low_priority]
         for row in rows:
             job = self._jobs[row.job]
+            turns.charge(job.tenant, prompt_tokens=job.costs[row.index].positions - row.cached, generated_tokens=0)
             del job.pending[row.index]
             if not job.pending:
-                del self._jobs[row.job]
-        self._rotate(first_id)
+                self.remove(row.job)
+        if first_id in self._jobs:
+            turns.rotate(first_id)
         return PairStep(first.kind, tuple(rows))
 
     def _within_targets(self, pairs: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
@@ -140,12 +157,6 @@ class PairQueue:
             left -= row.prefix - row.cached
             rows.append(row)
         return rows
-
-    def _rotate(self, job_id: str) -> None:
-        """Let the next job lead the next micro-batch, so that a call with many pairs doesn't hold up the others."""
-        job = self._jobs.pop(job_id, None)
-        if job is not None:
-            self._jobs[job_id] = job
 
 
 def _with_prefix(name: str, index: int, cost: PairCost, content: Content, blocks: BlockManager, left: int | None) -> PairRow | None:

@@ -16,13 +16,14 @@ the time, measured, and a single row never waits longer than one micro-batch.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from lopa_server.engine.block_manager import BlockManager
+from lopa_server.engine.fair_queue import FairQueue
 from lopa_server.engine.pair_queue import PairCost, PairKind, PairQueue, PairStep
 from lopa_server.engine.sequences import SequenceState
-from lopa_server.engine.waiting import ArrivalOrder, WaitingQueue, WaitingRequest
+from lopa_server.engine.waiting import WaitingQueue, WaitingRequest
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,12 @@ class SchedulerLimits:
     """Pairs share a micro-batch when the shorter has at least this part of the longer's length."""
     interactive_share: float = 0.5
     """Interactive work's part of the time while pairs are waiting too; above 0, below 1."""
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
+    """A tenant's share relative to others'; 1 for those who aren't listed."""
+
+    def weight(self, tenant: str) -> float:
+        """The tenant's share."""
+        return self.tenant_weights.get(tenant, 1.0)
 
     @property
     def blocks(self) -> int:
@@ -78,14 +85,14 @@ class Scheduler:
     def __init__(self, limits: SchedulerLimits, waiting: WaitingQueue | None = None) -> None:
         self._limits = limits
         self.blocks = BlockManager(limits.blocks, limits.block_size)
-        self._queue: WaitingQueue = ArrivalOrder() if waiting is None else waiting
+        self._queue: WaitingQueue = FairQueue(limits.weight) if waiting is None else waiting
         self._known: dict[str, SequenceState] = {}
         """Everything that is not finished, by id."""
         self._running: dict[str, SequenceState] = {}
         """In order of admission."""
         self._preempted: deque[SequenceState] = deque()
         """They go before everybody who waits, the one that came first in front."""
-        self._pairs = PairQueue(positions=limits.pair_positions, targets=limits.pair_targets, similar=limits.similar)
+        self._pairs = PairQueue(positions=limits.pair_positions, targets=limits.pair_targets, similar=limits.similar, weight=limits.weight)
         self._interactive_credit = 0.0
         """Seconds that interactive work may still take before pairs have their turn."""
         self.preemptions = 0
@@ -122,9 +129,9 @@ class Scheduler:
         self._known[sequence.id] = sequence
         self._queue.push(WaitingRequest(sequence.id, sequence.tenant, len(sequence.content), sequence.max_tokens))
 
-    def add_pairs(self, job_id: str, kind: PairKind, costs: Sequence[PairCost]) -> None:
-        """A call's pairs; they are computed in any order and grouping."""
-        self._pairs.add(job_id, kind, costs)
+    def add_pairs(self, job_id: str, kind: PairKind, costs: Sequence[PairCost], *, tenant: str = "", low_priority: bool = False) -> None:
+        """A call's pairs; they are computed in any order and grouping. low_priority: whenever there are no others."""
+        self._pairs.add(job_id, kind, costs, tenant=tenant, low_priority=low_priority)
 
     def remove(self, name: str, *, reliable: bool = True) -> None:
         """Forget a request or call in any state; its blocks are free at once. Unknown ids are ignored.
@@ -207,20 +214,24 @@ class Scheduler:
         self._preempted.appendleft(sequence)
 
     def _admit(self) -> SequenceState | None:
-        """Give the next waiting request a place, if all that is known of it fits beside one more block for each row."""
-        name = self._preempted[0].id if self._preempted else self._queue.peek()
-        if name is None or len(self._running) >= self._limits.max_batch:
+        """Give the next waiting request that fits a place."""
+        if len(self._running) >= self._limits.max_batch:
             return None
-        sequence = self._known[name]
-        found = self.blocks.find(sequence.content.keys(len(sequence.content) - 1))
-        needed = sequence.missing(self.blocks, len(sequence.content)) - len(found) + self.blocks.idle(found)
-        promised = sum(row.missing(self.blocks, len(row.content)) + 1 for row in self._running.values())
-        if self._running and needed + promised > self.blocks.free:
+        names = [self._preempted[0].id] if self._preempted else self._queue.candidates()
+        name = next((name for name in names if self._fits(self._known[name])), None)
+        if name is None:
             return None
         if self._preempted:
             self._preempted.popleft()
         else:
-            self._queue.pop()
-        self._running[name] = sequence
+            self._queue.take(name)
+        sequence = self._running[name] = self._known[name]
         self.hit_tokens += sequence.adopt(self.blocks)
         return sequence
+
+    def _fits(self, sequence: SequenceState) -> bool:
+        """Whether there is room for all that is known of it, beside one more block for each row."""
+        found = self.blocks.find(sequence.content.keys(len(sequence.content) - 1))
+        needed = sequence.missing(self.blocks, len(sequence.content)) - len(found) + self.blocks.idle(found)
+        promised = sum(row.missing(self.blocks, len(row.content)) + 1 for row in self._running.values())
+        return not self._running or needed + promised <= self.blocks.free

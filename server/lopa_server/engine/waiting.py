@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,18 +21,21 @@ class WaitingRequest:
 
 
 class WaitingQueue(Protocol):
-    """Names the next request. The scheduler takes it as soon as it fits, and never looks behind it."""
+    """Names the next requests."""
 
     def push(self, request: WaitingRequest) -> None:
         """A request has arrived."""
         ...
 
-    def peek(self) -> str | None:
-        """Id of the request whose turn it is, None when nobody waits. Repeated calls give the same until something changes."""
+    def candidates(self) -> Sequence[str]:
+        """Ids of requests in the order in which they should be tried: the scheduler takes the first one that fits.
+
+        Empty exactly when nobody waits. Repeated calls give the same until something changes.
+        """
         ...
 
-    def pop(self) -> str:
-        """Take out the request that `peek` names; it has a place now. Raises LookupError when nobody waits."""
+    def take(self, request_id: str) -> None:
+        """Take out one of the candidates; it has a place now. Raises LookupError when it isn't one."""
         ...
 
     def remove(self, request_id: str) -> None:
@@ -44,28 +47,3 @@ class WaitingQueue(Protocol):
         ...
 
     def __len__(self) -> int: ...
-
-
-class ArrivalOrder:
-    """First come, first served."""
-
-    def __init__(self) -> None:
-        self._requests: OrderedDict[str, WaitingRequest] = OrderedDict()
-
-    def push(self, request: WaitingRequest) -> None:
-        self._requests[request.id] = request
-
-    def peek(self) -> str | None:
-        return next(iter(self._requests), None)
-
-    def pop(self) -> str:
-        return self._requests.popitem(last=False)[0]
-
-    def remove(self, request_id: str) -> None:
-        self._requests.pop(request_id, None)
-
-    def charge(self, tenant: str, *, prompt_tokens: int, generated_tokens: int) -> None:
-        """Who had how much doesn't change the order of arrival."""
-
-    def __len__(self) -> int:
-        return len(self._requests)

@@ -107,7 +107,7 @@ class RequestHandlers:
         """What the engine gets, once the tenant's limits allow it."""
         call.spend(tokens=sum(len(checked.pair) for checked in pairs), pairs=len(pairs))
         salt = cache_salt(self._salt_secret, call.caller.tenant)
-        return [dataclasses.replace(checked.pair, cache_salt=salt) for checked in pairs]
+        return [dataclasses.replace(checked.pair, tenant=call.caller.tenant, cache_salt=salt) for checked in pairs]
 
     def _gradient_messages(
         self, pairs: Iterable[CheckedPair], results: Iterable[PairResult], dtype: pb.DType

@@ -167,7 +167,8 @@ class Worker:
             self._scheduler.add(command.sequence(self._scope, self._limits.block_size))
         elif isinstance(command, LiveJob):
             self._jobs[command.id] = command
-            self._scheduler.add_pairs(command.id, command.kind, command.measure(self._scope, self._limits.block_size))
+            costs, first = command.measure(self._scope, self._limits.block_size), command.pairs[0]
+            self._scheduler.add_pairs(command.id, command.kind, costs, tenant=first.tenant, low_priority=first.low_priority)
         elif isinstance(command, Abort) and (command.id in self._streams or command.id in self._jobs):
             self._forget(command.id)
             self._counts["aborted"] += 1
