@@ -16,6 +16,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lopa.archive import import_persona
     from lopa.async_client import AsyncClient, connect_async
     from lopa.async_persona import AsyncPersona
     from lopa.bundle import Bundle, Manifest
@@ -48,8 +49,9 @@ if TYPE_CHECKING:
     )
     from lopa.examples import Example
     from lopa.factors import Factors
-    from lopa.folder import Version, personas
+    from lopa.folder import personas
     from lopa.persona import Persona, open_personal
+    from lopa.record import Version
     from lopa.retry import RetryPolicy
     from lopa.stream import AsyncGenerationStream, GenerationStream
     from lopa.transport import Tls
@@ -72,6 +74,7 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
+    "lopa.archive": "import_persona",
     "lopa.async_client": "AsyncClient connect_async",
     "lopa.async_persona": "AsyncPersona",
     "lopa.bundle": "Bundle Manifest",
@@ -86,8 +89,9 @@ _HOMES = {
     ),
     "lopa.examples": "Example",
     "lopa.factors": "Factors",
-    "lopa.folder": "Version personas",
+    "lopa.folder": "personas",
     "lopa.persona": "Persona open_personal",
+    "lopa.record": "Version",
     "lopa.retry": "RetryPolicy",
     "lopa.stream": "AsyncGenerationStream GenerationStream",
     "lopa.transport": "Tls",
@@ -156,6 +160,7 @@ __all__ = [
     "__version__",
     "connect",
     "connect_async",
+    "import_persona",
     "open_personal",
     "personas",
 ]

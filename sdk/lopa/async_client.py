@@ -37,6 +37,8 @@ from lopa.values import (
 if TYPE_CHECKING:
     from lopa.async_persona import AsyncPersona
     from lopa.bundle import Bundle
+    from lopa.local import Mismatch
+    from lopa.vault import Secret
 
 
 @asynccontextmanager
@@ -155,11 +157,13 @@ class AsyncClient(Connection):
         persona: str = "default",
         *,
         bundle: Bundle | None = None,
+        secret: Secret | None = None,
+        mismatch: Mismatch = "refuse",
         progress: Callable[[int, int], None] | None = None,
     ) -> AsyncPersona:
         """As `Client.personal`."""
         from lopa.async_persona import AsyncPersona
-        from lopa.local import opened
+        from lopa.local import OpenOptions, opened
 
-        store, encoder = await self._link.run(opened(self._session, path, persona, bundle=bundle, progress=progress))
-        return AsyncPersona(store, encoder, self._session, self._link)
+        found = await self._link.run(opened(self._session, path, persona, OpenOptions(bundle, secret, mismatch, progress)))
+        return AsyncPersona(found, self._session, self._link)

@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Unpack
 
 from lopa.control import TuneControl
-from lopa.encoder import PromptEncoder
 from lopa.examples import ExampleLike
 from lopa.factors import Factors
-from lopa.folder import PersonaStore
-from lopa.local import LocalPersona, PersonalWire
+from lopa.local import LocalPersona, Opened, PersonalWire, Watch
 from lopa.session import whole
 from lopa.stream import AsyncGenerationStream
 from lopa.tuning import TuneConfig, TuneOptions, TuneProgress, TuneReport
@@ -24,9 +22,9 @@ if TYPE_CHECKING:
 class AsyncPersona(LocalPersona):
     """As `Persona`, for an event loop."""
 
-    def __init__(self, store: PersonaStore, encoder: PromptEncoder, session: Session, link: AsyncLink) -> None:
+    def __init__(self, opened: Opened, session: Session, link: AsyncLink) -> None:
         """Use `AsyncClient.personal`."""
-        super().__init__(store, encoder, session)
+        super().__init__(opened, session)
         self._link = link
 
     async def generate(
@@ -82,7 +80,20 @@ class AsyncPersona(LocalPersona):
         config: TuneConfig | None = None,
         on_step: Callable[[TuneProgress], None] | None = None,
         control: TuneControl | None = None,
+        keep_examples: bool = False,
         **options: Unpack[TuneOptions],
     ) -> TuneReport:
         """As `Persona.tune`. Cancelling the task stops the run after what is on disk; the same call goes on."""
-        return await self._link.run(self._tuning(examples, validation, config, on_step, control, options))
+        return await self._link.run(self._tuning(examples, validation, config, Watch(on_step, control), keep_examples, options))
+
+    async def migrate(
+        self,
+        *,
+        config: TuneConfig | None = None,
+        on_step: Callable[[TuneProgress], None] | None = None,
+        control: TuneControl | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        **options: Unpack[TuneOptions],
+    ) -> TuneReport:
+        """As `Persona.migrate`."""
+        return await self._link.run(self._migrating(Watch(on_step, control), progress, config, options))

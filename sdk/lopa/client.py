@@ -40,7 +40,9 @@ from lopa.values import (
 if TYPE_CHECKING:
     from lopa.bundle import Bundle
     from lopa.encoder import PromptEncoder
+    from lopa.local import Mismatch
     from lopa.persona import Persona
+    from lopa.vault import Secret
 
 Security = bool | Tls | grpc.ChannelCredentials
 """True for TLS with the system's roots, `Tls` for certificates of your own, or gRPC's credentials; False for none."""
@@ -224,22 +226,26 @@ class Client(Connection):
         persona: str = "default",
         *,
         bundle: Bundle | None = None,
+        secret: Secret | None = None,
+        mismatch: Mismatch = "refuse",
         progress: Callable[[int, int], None] | None = None,
     ) -> Persona:
         """Open a user's folder, or create it, with one persona in it.
 
         A persona stays with the bundle that it was made with: that one is used as long as it is in the cache and fits the
         server's FM, even when the server publishes a newer one. bundle: use this one. progress: see `bundle`.
+        secret: a passphrase, or a key of 32 bytes: a new persona is encrypted with it, an encrypted one is opened.
+        mismatch: "plain" opens a persona of another FM or bundle too; the plain FM answers until `Persona.migrate`.
 
         Raises:
             FingerprintMismatch: the persona belongs to another FM or another bundle.
-            FolderError, FactorsError: the folder is damaged. Others: see `bundle`.
+            FolderError, FactorsError: the folder is damaged, or the secret is wrong. Others: see `bundle`.
         """
-        from lopa.local import opened
+        from lopa.local import OpenOptions, opened
         from lopa.persona import Persona
 
-        store, encoder = self._link.run(opened(self._session, path, persona, bundle=bundle, progress=progress))
-        return Persona(store, encoder, self._session, self._link)
+        found = self._link.run(opened(self._session, path, persona, OpenOptions(bundle, secret, mismatch, progress)))
+        return Persona(found, self._session, self._link)
 
 
 def endpoint(session: Session, tls: Security, token: Token | None) -> Endpoint:

@@ -4,8 +4,11 @@
     <folder>/personas/NAME/persona.json             what it belongs to, its versions, which one is current
     <folder>/personas/NAME/factors/000001.safetensors ...
     <folder>/personas/NAME/tuning.safetensors       an unfinished tuning run
+    <folder>/personas/NAME/examples.jsonl           what it learnt from, only if `keep_examples` asked for that
+    <folder>/personas/NAME/former-ID.json           the record for bundle ID, before `migrate`
     <folder>/personas/NAME/lock                     held while something is written
 
+With a secret, everything but the records is encrypted (see `lopa.vault`).
 A version exists once persona.json names it: its factors file is written first, so a crash at any moment leaves the version before.
 """
 
@@ -14,143 +17,44 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
-import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
 
-from lopa.bundle import MAX_FILE_BYTES, Bundle, TensorSpec, check_tensors
+from lopa.bundle import Bundle
 from lopa.errors import FactorsError, FolderError
 from lopa.factors import Factors
 from lopa.files import locked, make_folder, read_limited, sweep, write_atomic
+from lopa.record import NAME, SCHEMA, Record, Version
 from lopa.values import Placement
+from lopa.vault import OVERHEAD, Secret, Vault
 
-SCHEMA = 1
 KEPT_VERSIONS = 32
 """Older versions are removed, the current one never."""
 _MAX_RECORD_BYTES = 1 << 20
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-_HEX = re.compile(r"[0-9a-f]{64}")
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError)
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError)
 """What reading a damaged JSON file can raise."""
-
-
-@dataclass(frozen=True)
-class Version:
-    """One saved state of the factors."""
-
-    version: int
-    """Counts from 1."""
-    created: str
-    """UTC, ISO 8601."""
-    origin: str
-    """"start" for the bundle's starting values, "tune" for a tuning run's result."""
-    parent: int
-    """The version that it was tuned from; 0 for none."""
-    size: int
-    """Bytes of the factors file."""
-    sha256: str
-    validation_nll: float | None
-    """Nats per target token on the run's validation examples."""
-    placement: Placement = "front"
-    """Where the soft prompt stood in that run, and stands by default."""
-
-    @classmethod
-    def from_row(cls, row: dict[str, Any]) -> Self:
-        """One entry of persona.json.
-
-        Raises:
-            ValueError, TypeError: a field is missing, unknown, of another type or out of range.
-        """
-        version = cls(**row)
-        nll = version.validation_nll
-        rules = {
-            "version": type(version.version) is int and 1 <= version.version < 1 << 31,
-            "created": isinstance(version.created, str) and version.created.isascii() and version.created.isprintable(),
-            "origin": version.origin in ("start", "tune"),
-            "parent": type(version.parent) is int and 0 <= version.parent < 1 << 31,
-            "size": type(version.size) is int and 0 < version.size <= MAX_FILE_BYTES,
-            "sha256": isinstance(version.sha256, str) and _HEX.fullmatch(version.sha256),
-            "placement": version.placement in ("front", "after_prefix"),
-            "validation_nll": nll is None or (type(nll) in (int, float) and math.isfinite(nll)),
-        }
-        if wrong := [name for name, holds in rules.items() if not holds]:
-            raise ValueError(f"a version has a bad {', '.join(wrong)}")
-        return version
-
-
-@dataclass(frozen=True)
-class Record:
-    """persona.json."""
-
-    persona: str
-    bundle_id: str
-    fm_name: str
-    fm_fingerprint: str
-    tensors: tuple[TensorSpec, ...]
-    current: int
-    versions: tuple[Version, ...]
-    """Oldest first."""
-    schema: int = SCHEMA
-
-    @property
-    def placement(self) -> Placement:
-        """Where the current version's soft prompt stands."""
-        return self.version(self.current).placement
-
-    def version(self, number: int) -> Version:
-        """One version by number.
-
-        Raises:
-            FolderError: there is none.
-        """
-        for version in self.versions:
-            if version.version == number:
-                return version
-        known = ", ".join(str(version.version) for version in self.versions)
-        raise FolderError(f"persona {self.persona} has no version {number}; it has {known}")
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Record:
-        """Parse and check.
-
-        Raises:
-            ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError: not such a record.
-        """
-        document: dict[str, Any] = json.loads(text)
-        if document["schema"] != SCHEMA:
-            raise ValueError(f"schema is {document['schema']!r}, this version of lopa reads {SCHEMA}")
-        tensors = tuple(TensorSpec(str(row["name"]), tuple(row["shape"]), str(row["dtype"])) for row in document["tensors"])
-        versions = tuple(Version.from_row(row) for row in document["versions"])
-        record = cls(**{**document, "tensors": tensors, "versions": versions})
-        if not (_NAME.fullmatch(record.persona) and _HEX.fullmatch(record.bundle_id) and _HEX.fullmatch(record.fm_fingerprint)):
-            raise ValueError("persona, bundle_id or fm_fingerprint is malformed")
-        check_tensors("tensors", tensors)
-        numbers = [version.version for version in versions]
-        if numbers != sorted(set(numbers)) or type(record.current) is not int or record.current not in numbers:
-            raise ValueError("the versions are not in order, or the current one is not among them")
-        if not isinstance(record.fm_name, str):
-            raise ValueError("fm_name is not text")
-        return record
 
 
 class PersonaStore:
     """One persona's files. Readers need no lock; every reading sees the latest completed state."""
 
-    def __init__(self, root: Path | str, name: str) -> None:
-        """Raises FolderError for a name that is not 1 to 64 letters, digits, _ or -."""
-        if not _NAME.fullmatch(name):
+    def __init__(self, root: Path | str, name: str, secret: Secret | None = None) -> None:
+        """secret: a passphrase, or a key of 32 bytes; only with it an encrypted persona's files can be read.
+
+        Raises:
+            FolderError: a name that is not 1 to 64 letters, digits, _ or -.
+        """
+        if not NAME.fullmatch(name):
             raise FolderError(f"persona name {name[:80]!r}: 1 to 64 letters, digits, _ and - are allowed, the first a letter or digit")
         self.root = Path(root).expanduser()
         self.name = name
         self.folder = self.root / "personas" / name
         self.tuning_path = self.folder / "tuning.safetensors"
+        self.examples_path = self.folder / "examples.jsonl"
+        self._secret = secret
+        self._vault: Vault | None = None
 
     @property
     def exists(self) -> bool:
@@ -167,12 +71,75 @@ class PersonaStore:
         with self.lock(wait=10.0):
             if self.exists:
                 return
-            _check_root(self.root, create=True)
+            self.prepare()
             manifest = bundle.manifest
-            factors = Factors.start(bundle)
-            version = self._write_factors(factors, 1, origin="start", parent=0, validation_nll=None)
-            record = Record(self.name, manifest.id, manifest.fm.name, manifest.fm.fingerprint, manifest.personal, 1, (version,))
-            self._write_record(record)
+            self._vault = None if self._secret is None else Vault.new(self._secret)
+            version = self._write_factors(Factors.start(bundle), 1, origin="start", parent=0)
+            fm, lock = manifest.fm, None if self._vault is None else self._vault.lock
+            self._write_record(Record(self.name, manifest.id, fm.name, fm.fingerprint, manifest.personal, 1, (version,), lock))
+
+    def rebase(self, bundle: Bundle) -> None:
+        """Begin anew with another bundle's starting values; the record so far is kept beside the new one. Call it with the lock held.
+
+        Raises:
+            StorageError: it can't be written. FactorsError: the bundle's starting values are damaged.
+        """
+        record, manifest = self.record(), bundle.manifest
+        number = record.versions[-1].version + 1
+        write_atomic(self.folder / f"former-{record.bundle_id[:12]}.json", record.to_json().encode())
+        version = self._write_factors(Factors.start(bundle), number, origin="start", parent=record.current, placement=record.placement)
+        changed = replace(record, bundle_id=manifest.id, fm_name=manifest.fm.name, fm_fingerprint=manifest.fm.fingerprint)
+        self._write_record(replace(changed, tensors=manifest.personal, current=number, versions=(version,), pending=True))
+        self.tuning_path.unlink(missing_ok=True)
+
+    def settle(self) -> None:
+        """A migration has finished. Call it with the lock held."""
+        self._write_record(replace(self.record(), pending=False))
+
+    def unlock(self) -> None:
+        """Check the secret against the record.
+
+        Raises:
+            FolderError: a secret is missing, wrong, or there is nothing to unlock.
+        """
+        lock = self.record().lock
+        if lock is None and self._secret is not None:
+            raise FolderError(f"persona {self.name} is not encrypted: open it without a secret")
+        if lock is not None and self._secret is None:
+            raise FolderError(f"persona {self.name} is encrypted: give its passphrase or key as `secret`")
+        if lock is not None and self._secret is not None and (self._vault is None or self._vault.lock != lock):
+            self._vault = Vault.unlock(self._secret, lock)
+
+    def write(self, path: Path, data: bytes) -> bytes:
+        """Write one of the persona's files, whole or not at all, encrypted if the persona is. What was written.
+
+        Raises:
+            StorageError: it can't be written.
+        """
+        if self._vault is not None:
+            data = self._vault.seal(data, path.relative_to(self.folder).as_posix())
+        write_atomic(path, data)
+        return data
+
+    def read(self, path: Path, limit: int) -> bytes:
+        """One of the persona's files, decrypted; `limit` bounds its plain size in bytes.
+
+        Raises:
+            ValueError: too large, or damaged. OSError: it can't be read. FolderError: it is encrypted and no secret was given.
+        """
+        return self._opened(path, read_limited(path, limit + OVERHEAD))
+
+    def _opened(self, path: Path, data: bytes) -> bytes:
+        self.unlock()
+        return data if self._vault is None else self._vault.open(data, path.relative_to(self.folder).as_posix())
+
+    def prepare(self) -> None:
+        """Make the root a user's folder, if it is not one yet.
+
+        Raises:
+            FolderError: it is one of another schema. StorageError: it can't be written.
+        """
+        _check_root(self.root, create=True)
 
     def record(self) -> Record:
         """The persona's record as it is on disk now.
@@ -186,7 +153,7 @@ class PersonaStore:
             return Record.from_json(read_limited(path, _MAX_RECORD_BYTES).decode("utf-8"))
         except FileNotFoundError as error:
             raise FolderError(f"{self.root} has no persona {self.name}") from error
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise FolderError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
     def factors(self, record: Record, number: int | None = None) -> Factors:
@@ -205,7 +172,11 @@ class PersonaStore:
             ) from error
         if hashlib.sha256(data).hexdigest() != version.sha256:
             raise FactorsError(f"{path} was changed or damaged since it was written; `rollback` to another version")
-        factors = Factors.from_bytes(data, record.tensors)
+        try:
+            plain = self._opened(path, data)
+        except ValueError as error:
+            raise FactorsError(f"{error}; `rollback` to another version") from error
+        factors = Factors.from_bytes(plain, record.tensors)
         if (factors.bundle_id, factors.fm_fingerprint) != (record.bundle_id, record.fm_fingerprint):
             raise FactorsError(f"{path} belongs to bundle {factors.bundle_id[:12]}, the persona to {record.bundle_id[:12]}")
         return factors
@@ -229,8 +200,10 @@ class PersonaStore:
         """Save tuned factors as a new version and make it the current one. Call it with the lock held."""
         record = self.record()
         number = record.versions[-1].version + 1
-        version = self._write_factors(factors, number, origin="tune", parent=record.current, validation_nll=validation_nll)
-        version = replace(version, placement=placement)
+        self.unlock()
+        version = self._write_factors(
+            factors, number, origin="tune", parent=record.current, validation_nll=validation_nll, placement=placement
+        )
         versions = (*record.versions, version)[-KEPT_VERSIONS:]
         self._write_record(replace(record, current=number, versions=versions))
         for old in set(record.versions) - set(versions):
@@ -251,11 +224,19 @@ class PersonaStore:
             self._write_record(replace(record, current=number))
             return record.version(number)
 
-    def _write_factors(self, factors: Factors, number: int, *, origin: str, parent: int, validation_nll: float | None) -> Version:
-        data = factors.to_bytes()
-        write_atomic(self.factors_path(number), data)
+    def _write_factors(
+        self,
+        factors: Factors,
+        number: int,
+        *,
+        origin: str,
+        parent: int,
+        validation_nll: float | None = None,
+        placement: Placement = "front",
+    ) -> Version:
+        data = self.write(self.factors_path(number), factors.to_bytes())
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        return Version(number, created, origin, parent, len(data), hashlib.sha256(data).hexdigest(), validation_nll)
+        return Version(number, created, origin, parent, len(data), hashlib.sha256(data).hexdigest(), validation_nll, placement)
 
     def _write_record(self, record: Record) -> None:
         write_atomic(self.folder / "persona.json", record.to_json().encode())
@@ -290,5 +271,5 @@ def _check_root(root: Path, *, create: bool) -> None:
             raise ValueError(f"it has schema {schema!r}, this version of lopa reads {SCHEMA}")
     except FileNotFoundError:
         raise
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise FolderError(f"{path} can't be used: {type(error).__name__}: {error}") from error

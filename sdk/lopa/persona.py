@@ -16,11 +16,12 @@ from lopa.errors import Unavailable
 from lopa.examples import ExampleLike
 from lopa.factors import Factors
 from lopa.folder import PersonaStore
-from lopa.local import LocalPersona, PersonalWire
+from lopa.local import LocalPersona, Opened, PersonalWire, Watch
 from lopa.session import whole
 from lopa.stream import GenerationStream
 from lopa.tuning import TuneConfig, TuneOptions, TuneProgress, TuneReport
 from lopa.values import Dtype, Generation, PairScore, Placement, Prompt, Sampling, SamplingOptions
+from lopa.vault import Secret
 
 if TYPE_CHECKING:
     from lopa.link import Link
@@ -30,9 +31,9 @@ if TYPE_CHECKING:
 class Persona(LocalPersona):
     """A persona with a connection, or without one (see `open_personal`): then only what needs no server works."""
 
-    def __init__(self, store: PersonaStore, encoder: PromptEncoder | None, session: Session | None, link: Link | None) -> None:
+    def __init__(self, opened: Opened, session: Session | None, link: Link | None) -> None:
         """Use `Client.personal` or `open_personal`."""
-        super().__init__(store, encoder, session)
+        super().__init__(opened, session)
         self._link = link
 
     def generate(
@@ -102,6 +103,7 @@ class Persona(LocalPersona):
         config: TuneConfig | None = None,
         on_step: Callable[[TuneProgress], None] | None = None,
         control: TuneControl | None = None,
+        keep_examples: bool = False,
         **options: Unpack[TuneOptions],
     ) -> TuneReport:
         """Learn from examples; keep the result only if it is better on the validation examples.
@@ -110,6 +112,7 @@ class Persona(LocalPersona):
         validation: examples of your own to measure on, or the share of `examples` to hold back (default 20 %, at least one).
         config, or its fields as keywords: steps, batch_size, learning_rate, max_bytes, ...; by default the bundle's.
         on_step: told after every step, and while the run waits. control: pauses, resumes and cancels from another thread.
+        keep_examples: keep them on this device, beside the factors, so that `migrate` can learn them again one day.
 
         Every completed step is on disk. Interrupted at any moment, a call with the same examples and settings goes on where
         it stopped and ends with the same factors, bit for bit, as if it had never stopped.
@@ -118,7 +121,26 @@ class Persona(LocalPersona):
             TuningError: too few examples, or a setting out of range. Unavailable: no server for `patience` seconds; call again.
             FolderError: another process tunes this persona. Cancelled: before anything was measured. Others: as the server says.
         """
-        return self._need_link().run(self._tuning(examples, validation, config, on_step, control, options))
+        return self._need_link().run(self._tuning(examples, validation, config, Watch(on_step, control), keep_examples, options))
+
+    def migrate(
+        self,
+        *,
+        config: TuneConfig | None = None,
+        on_step: Callable[[TuneProgress], None] | None = None,
+        control: TuneControl | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        **options: Unpack[TuneOptions],
+    ) -> TuneReport:
+        """Learn the kept examples again, for the server's model and bundle of now; see `tune` for the keywords.
+
+        Until it has finished the plain model answers; interrupted, it goes on with the next call. The record of before stays in the
+        folder. progress: see `Client.bundle`.
+
+        Raises:
+            FolderError: no examples were kept (`tune(..., keep_examples=True)`). Others: as `tune` and `Client.bundle`.
+        """
+        return self._need_link().run(self._migrating(Watch(on_step, control), progress, config, options))
 
     def _need_link(self) -> Link:
         if self._link is None:
@@ -127,12 +149,18 @@ class Persona(LocalPersona):
         return self._link
 
 
-def open_personal(path: Path | str, persona: str = "default", *, cache: Path | None = None, threads: int = 1) -> Persona:
+def open_personal(
+    path: Path | str, persona: str = "default", *, secret: Secret | None = None, cache: Path | None = None, threads: int = 1
+) -> Persona:
     """Open an existing persona without any server: factors, history and rollback work, soft prompts too if the bundle is in the cache.
 
+    secret: see `Client.personal`.
+
     Raises:
-        FolderError: no such persona, or a damaged folder.
+        FolderError: no such persona, a damaged folder, or a wrong secret.
     """
-    store = PersonaStore(path, persona)
+    store = PersonaStore(path, persona, secret)
     bundle = cached_bundle(store.record().bundle_id, cache)
-    return Persona(store, None if bundle is None else PromptEncoder(bundle, threads=threads), None, None)
+    if secret is not None:
+        store.unlock()
+    return Persona(Opened(store, None if bundle is None else PromptEncoder(bundle, threads=threads)), None, None)

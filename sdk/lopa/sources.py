@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from lopa.errors import TuningError
 from lopa.examples import Example, from_conversation
 from lopa.files import read_limited
+from lopa.values import Message, Prompt, Target
 
 MAX_FILE_BYTES = 256 << 20
 PROMPT_CHARACTERS, TARGET_CHARACTERS = 600, 300
@@ -63,6 +66,32 @@ def _pieces(text: str, size: int) -> Iterator[str]:
         yield piece
 
 
+def to_jsonl(examples: Iterable[Example]) -> bytes:
+    """Examples as `read_jsonl` reads them, each once."""
+    lines: dict[str, None] = {}
+    for example in examples:
+        row = {"prompt": _row(example.prompt), "target": _row(example.target), "append_end": example.append_end}
+        row |= {"prefix": _row(example.prefix), "encoder_text": example.encoder_text}
+        lines[json.dumps(row)] = None
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def from_jsonl(data: bytes, where: str) -> list[Example]:
+    """What `to_jsonl` wrote.
+
+    Raises:
+        TuningError, UnicodeDecodeError: another content.
+    """
+    lines = data.decode("utf-8").split("\n")  # not splitlines: JSON strings may hold U+2028
+    return [_parse_line(line, f"{where}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _row(value: Prompt | Target | None) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    return [asdict(item) if isinstance(item, Message) else dict(item) if isinstance(item, Mapping) else int(item) for item in value]
+
+
 def _read(path: Path) -> str:
     try:
         return read_limited(path, MAX_FILE_BYTES).decode("utf-8")
@@ -79,11 +108,7 @@ def read_jsonl(path: Path) -> list[Example]:
     Raises:
         TuningError: a line that is not such an object; the message names file and line. Or the file can't be read.
     """
-    examples = []
-    for number, line in enumerate(_read(path).split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
-        if line.strip():
-            examples.append(_parse_line(line, f"{path}:{number}"))
-    return examples
+    return from_jsonl(_read(path).encode(), str(path))
 
 
 def _parse_line(line: str, where: str) -> Example:

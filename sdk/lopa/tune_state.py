@@ -6,17 +6,18 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
 from lopa.bundle import TensorSpec
 from lopa.encoder import Moments, Tensors
 from lopa.errors import FactorsError, FolderError
-from lopa.files import read_limited, write_atomic
 from lopa.tensorfile import MAX_HEADER_BYTES, read_metadata, read_tensors, write_tensors
 from lopa.values import Float32
+
+if TYPE_CHECKING:
+    from lopa.folder import PersonaStore
 
 _KINDS = ("personal", "exp_avg", "exp_avg_sq", "best")
 
@@ -94,8 +95,8 @@ class TuneState:
     """Rounded as at rest."""
     progress: Progress = field(default_factory=Progress)
 
-    def save(self, path: Path) -> None:
-        """Write the file, whole or not at all; the values come back bit for bit.
+    def save(self, store: PersonaStore) -> None:
+        """Write the persona's tuning file, whole or not at all; the values come back bit for bit.
 
         Raises:
             StorageError: it can't be written.
@@ -109,19 +110,20 @@ class TuneState:
         tensors = {f"{kind}.{name}": value for kind, group in groups.items() for name, value in group.items()}
         specs = [TensorSpec(name, value.shape) for name, value in tensors.items()]
         metadata = {"digest": self.digest, "progress": json.dumps(asdict(self.progress))}
-        write_atomic(path, write_tensors(tensors, specs, metadata))
+        store.write(store.tuning_path, write_tensors(tensors, specs, metadata))
 
 
-def load_state(path: Path, digest: str, specs: Sequence[TensorSpec], steps: int) -> TuneState | None:
+def load_state(store: PersonaStore, digest: str, specs: Sequence[TensorSpec], steps: int) -> TuneState | None:
     """The unfinished run of this digest; None when there is none or the file holds another run. steps: how many it has in all.
 
     Raises:
         FolderError: the file is damaged.
     """
+    path = store.tuning_path
     if not path.exists():
         return None
     try:
-        data = read_limited(path, 8 + MAX_HEADER_BYTES + sum(len(_KINDS) * 4 * math.prod(spec.shape) for spec in specs))
+        data = store.read(path, 8 + MAX_HEADER_BYTES + sum(len(_KINDS) * 4 * math.prod(spec.shape) for spec in specs))
         metadata = read_metadata(data)
         if metadata.get("digest") != digest:
             return None

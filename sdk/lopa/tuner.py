@@ -114,7 +114,7 @@ class Tuner:
             lambda: tuple(encode_examples(self._encoder, part) for part in (self._job.training, self._job.validation))
         )
         personal = self._encoder.bundle.manifest.personal
-        state = yield from work(lambda: load_state(self._store.tuning_path, self._digest(), personal, self._config.steps))
+        state = yield from work(lambda: load_state(self._store, self._digest(), personal, self._config.steps))
         if state is None:
             state = yield from self._begin()
         resumed_from, stopped = state.progress.step, None
@@ -273,7 +273,7 @@ class Tuner:
         state.progress.sent_bytes += used.sent_bytes
         state.progress.received_bytes += used.received_bytes
         self._clock, self._counted = now, traffic
-        state.save(self._store.tuning_path)
+        state.save(self._store)
 
     def _tell(self, progress: Progress, waiting: str = "") -> None:
         loss = progress.losses[-1] if progress.losses else None

@@ -52,7 +52,7 @@ def test_only_regular_files_are_read(store: PersonaStore, bundle: Bundle, tmp_pa
         store.factors(record)
     endless(store.tuning_path, kind)
     with pytest.raises(FolderError, match="not a regular file"):
-        load_state(store.tuning_path, "0" * 64, record.tensors, STEPS)
+        load_state(store, "0" * 64, record.tensors, STEPS)
     endless(store.folder / "persona.json", kind)
     with pytest.raises(FolderError, match="not a regular file"):
         lopa.open_personal(store.root)
@@ -109,7 +109,7 @@ def test_a_deep_header_is_refused(store: PersonaStore) -> None:
     data = len(DEEP).to_bytes(8, "little") + DEEP.encode()
     store.tuning_path.write_bytes(data)
     with pytest.raises(FolderError, match="damaged"):
-        load_state(store.tuning_path, "0" * 64, record.tensors, STEPS)
+        load_state(store, "0" * 64, record.tensors, STEPS)
     with pytest.raises(FactorsError, match="damaged"):
         Factors.from_bytes(data, record.tensors)
 
@@ -120,8 +120,8 @@ SOUND: dict[str, Any] = {"step": 1, "before_nll": 2.0, "best_nll": 2.0, "losses"
 def resumed(store: PersonaStore, **changes: Any) -> TuneState | None:
     specs = store.record().tensors
     tensors = store.factors(store.record()).tensors
-    TuneState("0" * 64, tensors, Moments.zeros(specs), tensors, Progress(**{**SOUND, **changes})).save(store.tuning_path)
-    return load_state(store.tuning_path, "0" * 64, specs, STEPS)
+    TuneState("0" * 64, tensors, Moments.zeros(specs), tensors, Progress(**{**SOUND, **changes})).save(store)
+    return load_state(store, "0" * 64, specs, STEPS)
 
 
 def test_sound_progress_comes_back(store: PersonaStore) -> None:
