@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Profile = Literal["factors", "heads", "prompt"]
 Composition = Literal["product", "add", "concat", "max", "none"]
+Pooling = Literal["auto", "mean", "cls", "last", "pooler"]
 Scheme = Literal["none", "fp16", "int8", "int4"]
 _METHOD, _TRAINING, _ENCODER, _SIZE = "Method", "Training from a population", "Encoder", "Quantization"
 
@@ -27,7 +28,7 @@ def export(
     encoder_layers: Annotated[
         int, typer.Option(min=0, help='First layers to keep; 0 keeps all, with "fm" 2.', rich_help_panel=_ENCODER)
     ] = 0,
-    pooling: Annotated[Literal["mean", "cls", "last"], typer.Option(help="Tokens to one vector.", rich_help_panel=_ENCODER)] = "mean",
+    pooling: Annotated[Pooling, typer.Option(help="Tokens to one vector; auto: as its authors do.", rich_help_panel=_ENCODER)] = "auto",
     max_tokens: Annotated[int, typer.Option(min=1, help="Longer inputs are cut.", rich_help_panel=_ENCODER)] = 128,
     truncation_side: Annotated[Literal["left", "right"], typer.Option(help="Which end is cut.", rich_help_panel=_ENCODER)] = "left",
     profile: Annotated[Profile, typer.Option(help="What is personal.", rich_help_panel=_METHOD)] = "factors",

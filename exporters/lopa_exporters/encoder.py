@@ -10,6 +10,7 @@ Legend: b batch, t tokens, h encoder width.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from lopa_exporters.backbone import POOLINGS, author_pooling, load_backbone, load_tokenizer, plain_tokenizer, positions_of
+
 Ids = NDArray[np.int64]
-POOLINGS = ("mean", "cls", "last")
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class EncoderConfig:
     layers: int = 0
     """Keep the backbone's first layers only; 0 keeps all."""
     pooling: str = "mean"
-    """"mean" over real tokens, "cls" for the first, "last" for the last real token."""
+    """"mean" over real tokens, "cls" for the first, "last" for the last real token, "pooler" for the model's own trained pooler;
+    "auto" is what its authors use, normalization included."""
     normalize: bool = True
     """L2-normalize the pooled vector before it is standardized."""
     max_tokens: int = 128
@@ -43,8 +46,8 @@ class EncoderConfig:
     """What the manifest says; empty is the folder's last part and the layers. Never a path."""
 
     def __post_init__(self) -> None:
-        if self.pooling not in POOLINGS:
-            raise ValueError(f"pooling is {self.pooling!r}; known are {', '.join(POOLINGS)}")
+        if self.pooling not in (*POOLINGS, "auto"):
+            raise ValueError(f"pooling is {self.pooling!r}; known are {', '.join(POOLINGS)} and auto")
         if self.truncation_side not in ("left", "right"):
             raise ValueError(f"truncation_side is {self.truncation_side!r}; it must be left or right")
         if self.max_tokens < 1 or self.layers < 0:
@@ -76,25 +79,21 @@ class Encoder(nn.Module):
         """Read backbone and tokenizer.
 
         Raises:
-            OSError, ValueError: not a Hugging Face folder with a fast tokenizer, or it has fewer layers than asked for.
+            OSError, ValueError: not a Hugging Face folder with a fast tokenizer, too few layers or positions, or no such pooling.
         """
-        from transformers import AutoModel, AutoTokenizer
-
-        backbone = AutoModel.from_pretrained(config.folder, dtype=torch.float32, attn_implementation="eager")
-        if config.layers:
-            keep_first_layers(backbone, config.layers)
-        backbone.config.use_cache = False
-        positions = getattr(backbone.config, "max_position_embeddings", config.max_tokens)
-        if config.max_tokens > positions:
+        if config.pooling == "auto":
+            chosen = author_pooling(config.folder)
+            config = dataclasses.replace(config, pooling=chosen.kind, normalize=chosen.normalize)
+        backbone = load_backbone(config.folder, config.layers, config.pooling)
+        positions = positions_of(backbone)
+        if positions is not None and config.max_tokens > positions:
             raise ValueError(f"max_tokens is {config.max_tokens}; the encoder {config.label} has {positions} positions")
-        fast = AutoTokenizer.from_pretrained(config.folder)
-        if not fast.is_fast:
-            raise ValueError(f"{config.folder} has no tokenizer.json: the device needs a fast tokenizer")
-        return cls(config, backbone, int(backbone.config.hidden_size), plain_tokenizer(fast.backend_tokenizer))
+        return cls(config, backbone, int(backbone.config.hidden_size), load_tokenizer(config.folder))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        states = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        pooled = pool(self.config.pooling, states, attention_mask)
+        outputs = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
+        own = self.config.pooling == "pooler"
+        pooled = outputs.pooler_output if own else pool(self.config.pooling, outputs.last_hidden_state, attention_mask)
         if self.config.normalize:
             pooled = nn.functional.normalize(pooled, dim=-1)
         return (pooled - self.mean) * self.scale
@@ -138,24 +137,6 @@ class Encoder(nn.Module):
         return features
 
 
-def keep_first_layers(backbone: nn.Module, count: int) -> None:
-    """Drop all transformer blocks after the first `count`; embeddings and the final norm stay.
-
-    Raises:
-        ValueError: the backbone has fewer blocks, or none that can be found.
-    """
-    total = backbone.config.num_hidden_layers
-    if count > total:
-        raise ValueError(f"layers is {count}; the backbone has {total}")
-    for module in backbone.modules():
-        for name, child in module.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == total:
-                setattr(module, name, child[:count])
-                backbone.config.num_hidden_layers = count
-                return
-    raise ValueError(f"no list of {total} layers was found in {type(backbone).__name__}")
-
-
 def pool(pooling: str, states: Tensor, mask: Tensor) -> Tensor:
     """(b, t, h) states and (b, t) int64 mask, right-padded -> (b, h). A row without real tokens gives zeros under "mean"."""
     if pooling == "cls":
@@ -174,14 +155,6 @@ def pad_right(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Ids, Ids]:
     for i, row in enumerate(rows):
         ids[i, : len(row)], mask[i, : len(row)] = row, 1
     return ids, mask
-
-
-def plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy without padding and truncation: the manifest says how inputs are cut, and nothing else does."""
-    copy = Tokenizer.from_str(tokenizer.to_str())
-    copy.no_padding()
-    copy.no_truncation()
-    return copy
 
 
 class NoEncoder(nn.Module):

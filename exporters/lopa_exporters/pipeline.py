@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from lopa.bundle import Bundle, TuningDefaults
 
+from lopa_exporters.backbone import plain_tokenizer
 from lopa_exporters.bundle import export_bundle, read_fm_spec
 from lopa_exporters.data import Dataset, Example, build_dataset, persons_of, read_examples, split_rows
-from lopa_exporters.encoder import Encoder, EncoderConfig, NoEncoder, plain_tokenizer
+from lopa_exporters.encoder import Encoder, EncoderConfig, NoEncoder
 from lopa_exporters.frozen import FrozenModel
 from lopa_exporters.lopa import LoPA, LoPAConfig, init_lopa
 from lopa_exporters.population import PopulationConfig, PopulationTrainer
