@@ -116,7 +116,7 @@ def test_arrivals_pieces_preemptions_and_prefix_hits_change_nothing(tiny_fm: Pat
     requests = []
     for index in range(24):
         family, before = int(random.integers(3)), int(random.choice([0, 8, 21, 40]))
-        request = stream(f"r{index}", family, tokens=44, rows=6, before=before, max_tokens=int(random.integers(2, 60)), logprobs=0)
+        request = stream(f"r{index}", family, tokens=44, rows=6, before=before, max_tokens=int(random.integers(30, 100)), logprobs=0)
         after = request.input.after[: int(random.integers(1, 5))]
         requests.append(dataclasses.replace(request, input=dataclasses.replace(request.input, after=after)))
     fresh = load(tiny_fm, kv_positions=512)

@@ -54,21 +54,17 @@ class PackedStep:
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, score: Score) -> torch.Tensor:
         """(1, h, t, e) queries, keys and values of the new positions to (1, t, h, e)."""
-        query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        query, key, value = query[0], key[0], value[0]
         self.pool.write(layer, self.write, key, value)
         parts = [self._attend_group(group, layer, query, key, value, score) for group in self.groups]
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
 
-    def _attend_group(
-        self, group: Group, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, score: Score
-    ) -> torch.Tensor:
-        mine = _rectangle(query, group)
+    def _attend_group(self, group: Group, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, score: Score) -> torch.Tensor:
         if group.slots is None:
             keys, values = _rectangle(key, group), _rectangle(value, group)
         else:
-            read = self.pool.read(layer, group.slots)
-            keys, values = (tensor.view(group.size, -1, *tensor.shape[1:]).transpose(1, 2) for tensor in read)
-        out = score(mine, keys, values, group.masks[self.windows[layer]]).transpose(1, 2).flatten(0, 1)
+            keys, values = self.pool.read(layer, group.slots, group.size)
+        out = score(_rectangle(query, group), keys, values, group.masks[self.windows[layer]]).transpose(1, 2).flatten(0, 1)
         return out if group.real is None else out.index_select(0, group.real)
 
 
@@ -86,8 +82,7 @@ class PairsStep:
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, score: Score) -> torch.Tensor:
         """(b, h, q, e) queries, keys and values of the new positions to (b, q, h, e)."""
         if self.slots is not None:
-            read = self.pool.read(layer, self.slots)
-            before = [tensor.view(len(key), -1, *tensor.shape[1:]).transpose(1, 2) for tensor in read]
+            before = self.pool.read(layer, self.slots, len(key))
             key, value = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
         return score(query, key, value, self.masks[self.windows[layer]]).transpose(1, 2)
 
@@ -103,16 +98,22 @@ class Score:
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """(b, h, q, e) queries over (b, key-value heads, l, e) keys and values: (b, h, q, e). mask: None for causal order."""
-        by_products = query.requires_grad and query.dtype == torch.bfloat16 and query.device.type == "cpu"
-        if by_products or self.softcap is not None or self.sinks is not None:
+        on_cpu = query.device.type == "cpu"
+        if self.softcap is not None or self.sinks is not None or (on_cpu and query.requires_grad and query.dtype == torch.bfloat16):
             return self._products(query, key, value, mask)
+        if mask is not None and query.shape[2] == 1 and on_cpu:
+            return self._decode(query, key, value, mask)
         groups = query.shape[1] // key.shape[1]
-        if groups > 1 and query.shape[2] == 1 and mask is not None:
-            folded = query.view(query.shape[0], key.shape[1], groups, query.shape[3])
-            out = functional.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=self.scaling)
-            return out.reshape(query.shape[0], query.shape[1], 1, value.shape[3])
         key, value = _repeat(key, groups), _repeat(value, groups)
         return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scaling)
+
+    def _decode(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """One query a sequence: fused attention is ten times slower here than two products over the pool's own layout."""
+        heads = key.shape[1]
+        folded = query.transpose(0, 1).unflatten(0, (heads, -1))[:, :, :, 0].transpose(1, 2)
+        scores = torch.matmul(folded, key.permute(1, 0, 3, 2)).mul_(self.scaling).add_(mask.transpose(0, 1))
+        out = torch.matmul(torch.softmax(scores, dim=-1), value.transpose(0, 1))
+        return out.transpose(1, 2).flatten(0, 1)[:, :, None].transpose(0, 1)
 
     def _products(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         groups = query.shape[1] // key.shape[1]
@@ -156,11 +157,10 @@ def register() -> None:
 
 
 def _rectangle(packed: torch.Tensor, group: Group) -> torch.Tensor:
-    """A group's (positions, h, e) as (b, h, q, e)."""
-    mine = packed[group.start : group.stop]
-    if group.padded is not None:
-        mine = mine.index_select(0, group.padded)
-    return mine.unflatten(0, (group.size, -1)).transpose(1, 2)
+    """A group's part of (h, t, e) as (b, h, q, e)."""
+    mine = packed[:, group.start : group.stop]
+    mine = mine.contiguous() if group.padded is None else mine.index_select(1, group.padded)
+    return mine.unflatten(1, (group.size, -1)).transpose(0, 1)
 
 
 def _repeat(tensor: torch.Tensor, groups: int) -> torch.Tensor:

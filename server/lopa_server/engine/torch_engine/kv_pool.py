@@ -2,6 +2,8 @@
 
 Legend: s slots, t positions of a step, h key-value heads, e head width.
 
+Heads stand outermost: what is read for a group of sequences is then a batch of plain matrices, ready for products.
+
 Slots of block 0 stay zero for ever. Whatever a step reads beyond a sequence's own positions is read from there: a value
 that isn't finite times a weight of zero is still not finite, so what earlier requests left behind must never be read.
 """
@@ -12,7 +14,7 @@ import torch
 
 
 class KvPool:
-    """Keys and values of every layer, (s, h, e) each; allocated when a layer is first written, for h and e show then."""
+    """Keys and values of every layer, (h, s, e) each; allocated when a layer is first written, for h and e show then."""
 
     def __init__(self, blocks: int, block_size: int) -> None:
         """blocks: as the block manager counts them, block 0 not included."""
@@ -26,18 +28,18 @@ class KvPool:
         return sum(tensor.nbytes for layer in self._layers.values() for tensor in layer) // self._slots
 
     def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Put (t, h, e) keys and values into (t,) slots."""
+        """Put (h, t, e) keys and values into (t,) slots."""
         held = self._layers.get(layer)
         if held is None:
             held = self._layers[layer] = (self._zeros(keys), self._zeros(values))
-        held[0].index_copy_(0, slots, keys)
-        held[1].index_copy_(0, slots, values)
+        held[0].index_copy_(1, slots, keys)
+        held[1].index_copy_(1, slots, values)
 
-    def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of the (n,) slots' keys and values: (n, h, e) each."""
-        keys, values = self._layers[layer]
-        return keys.index_select(0, slots), values.index_select(0, slots)
+    def read(self, layer: int, slots: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the (rows * l,) slots' keys and values: (rows, h, l, e) each, views of (h, rows, l, e)."""
+        keys, values = (held.index_select(1, slots).unflatten(1, (rows, -1)).transpose(0, 1) for held in self._layers[layer])
+        return keys, values
 
     def _zeros(self, like: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(False):
-            return torch.zeros(self._slots, *like.shape[1:], dtype=like.dtype, device=like.device)
+            return torch.zeros(like.shape[0], self._slots, like.shape[2], dtype=like.dtype, device=like.device)
