@@ -59,7 +59,9 @@ class PackedStep:
         parts = [self._attend_group(group, layer, query, key, value, score) for group in self.groups]
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
 
-    def _attend_group(self, group: Group, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, score: Score) -> torch.Tensor:
+    def _attend_group(
+        self, group: Group, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, score: Score
+    ) -> torch.Tensor:
         if group.slots is None:
             keys, values = _rectangle(key, group), _rectangle(value, group)
         else:
