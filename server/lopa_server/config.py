@@ -14,7 +14,17 @@ from lopa_server.metering.limits import LimitsFileError, read_limits
 
 DTYPES = ("float32", "bfloat16")
 DEFAULT_CALLS = 1024
-COUNTS = ("max_batch", "max_waiting", "max_waiting_pairs", "max_calls", "step_positions", "block_size", "kv_memory_mib", "threads")
+COUNTS = (
+    "max_batch",
+    "max_waiting",
+    "max_waiting_tokens",
+    "max_waiting_pairs",
+    "max_calls",
+    "step_positions",
+    "block_size",
+    "kv_memory_mib",
+    "threads",
+)
 """Settings that must be at least 1 where they are given."""
 
 
@@ -46,6 +56,8 @@ class ServerConfig:
     """Generate requests in the batch at the same time."""
     max_waiting: int = 256
     """Generate requests waiting for a place in it."""
+    max_waiting_tokens: int = 1 << 18
+    """Tokens to read and to write, of all waiting generate requests together."""
     max_waiting_pairs: int = 8192
     """Pairs waiting to be scored or differentiated."""
     max_calls: int | None = None
@@ -106,6 +118,17 @@ class ServerConfig:
             yield f"max_virtual_tokens is {self.limits.max_virtual_tokens}; it must be at least 1"
         if self.ready_file is not None and not self.ready_file.parent.is_dir():
             yield f"can't write the ready file {self.ready_file}: there is no folder {self.ready_file.parent}"
+
+    def tenant_weights(self) -> dict[str, float]:
+        """Shares of the tenants that have one of their own, relative to everybody else's.
+
+        Raises:
+            LimitsFileError: see `read_limits`.
+        """
+        if self.tenant_limits is None:
+            return {}
+        limits = read_limits(self.tenant_limits)
+        return {name: own.weight / limits.default.weight for name, own in limits.tenants.items()}
 
     def _tenant_limits(self) -> list[str]:
         try:

@@ -25,10 +25,11 @@ def load_engine(config: ServerConfig) -> TorchEngine:
             dtype=config.dtype,
             device=config.device,
             threads=config.threads,
-            limits=SchedulerLimits(max_batch=config.max_batch, block_size=config.block_size),
+            limits=SchedulerLimits(max_batch=config.max_batch, block_size=config.block_size, tenant_weights=config.tenant_weights()),
             step_positions=config.step_positions,
             kv_memory=None if config.kv_memory_mib is None else config.kv_memory_mib << 20,
             max_waiting=config.max_waiting,
+            max_waiting_tokens=config.max_waiting_tokens,
             max_waiting_pairs=config.max_waiting_pairs,
         )
     )

@@ -69,12 +69,22 @@ def token_ids(seed: int, count: int) -> tuple[int, ...]:
     return tuple(np.random.default_rng(seed).integers(2, 300, count).tolist())
 
 
-def stream(name: str, content: int, *, rows: int = 4, tokens: int = 12, before: int = 0, **sampling: Any) -> GenerateRequest:
+def stream(
+    name: str,
+    content: int,
+    *,
+    rows: int = 4,
+    tokens: int = 12,
+    before: int = 0,
+    tenant: str = "",
+    deadline: float | None = None,
+    **sampling: Any,
+) -> GenerateRequest:
     """A request with its own soft prompt and prompt; `content` seeds both, `before` of the tokens stand in front of the soft rows."""
     ids = token_ids(content, tokens)
     soft = soft_rows(content, rows) if rows else None
     params = SamplingParams(**{"max_tokens": 16, "ignore_end": True, **sampling})
-    return GenerateRequest(name, InputSequence(ids[:before], soft, ids[before:]), params)
+    return GenerateRequest(name, InputSequence(ids[:before], soft, ids[before:]), params, tenant=tenant, deadline=deadline)
 
 
 def pair(content: int, *, rows: int = 4, tokens: int = 12, targets: int = 5, before: int = 0) -> PairRequest:

@@ -36,6 +36,7 @@ class Reason(Enum):
     FINGERPRINT_MISMATCH = "FINGERPRINT_MISMATCH"
     UNKNOWN_BUNDLE = "UNKNOWN_BUNDLE"
     QUEUE_FULL = "QUEUE_FULL"
+    DEADLINE_TOO_SHORT = "DEADLINE_TOO_SHORT"
     STARTING = "STARTING"
     DRAINING = "DRAINING"
     MESSAGE_TOO_LARGE = "MESSAGE_TOO_LARGE"
@@ -80,6 +81,10 @@ CATALOGUE: Mapping[Reason, Entry] = {
         "{field} is {found}; this server's model has {limit}: the factors or the bundle belong to another model",
     ),
     Reason.UNKNOWN_BUNDLE: Entry(grpc.StatusCode.NOT_FOUND, "{field} {found} is not published here; the current bundle is {limit}"),
+    Reason.DEADLINE_TOO_SHORT: Entry(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "the call's {field} leaves {limit} s; at the present load it would take about {found} s: allow more time, or try again later",
+    ),
     Reason.QUEUE_FULL: Entry(grpc.StatusCode.RESOURCE_EXHAUSTED, "{field} is full: {found} waiting, the limit is {limit}; try again later"),
     Reason.STARTING: Entry(grpc.StatusCode.UNAVAILABLE, "the server is still loading its model; try again"),
     Reason.DRAINING: Entry(

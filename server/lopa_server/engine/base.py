@@ -6,6 +6,7 @@ Legend: m soft-prompt rows, d hidden size, t tokens.
     UnsupportedModel       this engine can't serve that model
     EngineError
     ├── QueueFull          too much is waiting; try again after `retry_after` seconds
+    ├── DeadlineTooShort   it would not be done in time
     ├── UnsupportedSchema  a JSON schema that texts can't be held to
     ├── EngineStopped      the engine is shutting down or has been stopped
     └── EngineFailed       a computation failed; only the request that asked for it is lost
@@ -38,6 +39,17 @@ class QueueFull(EngineError):
     def __init__(self, queue: str, waiting: int, limit: int, retry_after: float) -> None:
         super().__init__(f"{queue} is full: {waiting} waiting, the limit is {limit}")
         self.queue, self.waiting, self.limit, self.retry_after = queue, waiting, limit, retry_after
+
+
+class DeadlineTooShort(EngineError):
+    """At the measured pace about `needed` seconds are needed, and the deadline leaves `left`.
+
+    retry_after: seconds until as much time would do; None: it never would.
+    """
+
+    def __init__(self, needed: float, left: float, retry_after: float | None) -> None:
+        super().__init__(f"about {needed:.1f} s are needed, {left:.1f} s are left")
+        self.needed, self.left, self.retry_after = needed, left, retry_after
 
 
 class UnsupportedSchema(EngineError):
@@ -114,6 +126,8 @@ class GenerateRequest:
     sampling: SamplingParams
     tenant: str = ""
     """Whose request it is: the waiting queue shares out the batch between tenants."""
+    deadline: float | None = None
+    """When the answer is worth nothing any more, in seconds of time.monotonic()."""
     cache_salt: bytes = b""
     """Computed prefixes are reused among requests of equal salt only; derived from who is authenticated, never sent by a client."""
 
@@ -163,6 +177,8 @@ class PairRequest:
     target: tuple[int, ...]
     tenant: str = ""
     """Whose pair it is. All pairs of a call are of one tenant."""
+    deadline: float | None = None
+    """As in `GenerateRequest`; the same for all pairs of a call."""
     cache_salt: bytes = b""
     """As in `GenerateRequest`."""
     low_priority: bool = False

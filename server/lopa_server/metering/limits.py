@@ -42,6 +42,8 @@ class TenantLimits:
     concurrent_calls: int | None = None
     """Calls of every kind at the same time, streams included."""
     burst_seconds: float = 10.0
+    weight: float = 1.0
+    """Share of the engine relative to other tenants' when there is more work than it can do. Read when the server starts."""
 
     def rate(self, metric: str) -> float | None:
         """Of METRICS, a second."""

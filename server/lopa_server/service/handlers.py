@@ -53,12 +53,12 @@ class RequestHandlers:
         return await asyncio.get_running_loop().run_in_executor(self._checking, check, request)
 
     async def generate(
-        self, request: inference_pb2.GenerateRequest, call: MeteredCall
+        self, request: inference_pb2.GenerateRequest, call: MeteredCall, deadline: float | None = None
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
-        """The stream of deltas; usage and receipt in the last one."""
+        """The stream of deltas; usage and receipt in the last one. deadline: as in the engine's `GenerateRequest`."""
         checked = await self._check(self._checker.generate, request)
         call.spend(tokens=len(checked.input) * checked.continuations)
-        streams = [self._engine.generate(work) for work in self._works(checked, call)]
+        streams = [self._engine.generate(work) for work in self._works(checked, call, deadline)]
         generated, going = 0, len(streams)
         async with contextlib.aclosing(interleaved(streams)) as deltas:
             async for index, delta in deltas:
@@ -70,7 +70,7 @@ class RequestHandlers:
                     self._complete(response, checked, generated)
                 yield response
 
-    def _works(self, checked: CheckedGenerate, call: MeteredCall) -> list[GenerateRequest]:
+    def _works(self, checked: CheckedGenerate, call: MeteredCall, deadline: float | None) -> list[GenerateRequest]:
         """One request to the engine for each continuation, with a seed of its own."""
         number, sampling = next(self._numbers), checked.sampling
         salt = cache_salt(self._salt_secret, call.caller.tenant)
@@ -80,15 +80,18 @@ class RequestHandlers:
                 checked.input,
                 dataclasses.replace(sampling, seed=continuation_seed(sampling.seed, index)),
                 tenant=call.caller.tenant,
+                deadline=deadline,
                 cache_salt=salt,
             )
             for index in range(checked.continuations)
         ]
 
-    async def score(self, request: inference_pb2.ScoreRequest, call: MeteredCall) -> inference_pb2.ScoreResponse:
+    async def score(
+        self, request: inference_pb2.ScoreRequest, call: MeteredCall, deadline: float | None = None
+    ) -> inference_pb2.ScoreResponse:
         """Likelihoods in the order of the request."""
         checked = await self._check(self._checker.score, request)
-        results = await self._engine.score(self._admitted(checked, call))
+        results = await self._engine.score(self._admitted(checked, call, deadline))
         response = inference_pb2.ScoreResponse()
         for result, pair in zip(results, checked, strict=True):
             response.scores.append(
@@ -96,18 +99,20 @@ class RequestHandlers:
             )
         return response
 
-    async def prompt_gradients(self, request: tuning_pb2.PromptGradientsRequest, call: MeteredCall) -> tuning_pb2.PromptGradientsResponse:
+    async def prompt_gradients(
+        self, request: tuning_pb2.PromptGradientsRequest, call: MeteredCall, deadline: float | None = None
+    ) -> tuning_pb2.PromptGradientsResponse:
         """Likelihoods and gradients in the order of the request."""
         checked = await self._check(self._checker.gradients, request)
-        results = await self._engine.prompt_gradients(self._admitted(checked.pairs, call))
+        results = await self._engine.prompt_gradients(self._admitted(checked.pairs, call, deadline))
         messages = await self._check(lambda pairs: self._gradient_messages(pairs, results, checked.dtype), checked.pairs)
         return tuning_pb2.PromptGradientsResponse(gradients=messages)
 
-    def _admitted(self, pairs: Sequence[CheckedPair], call: MeteredCall) -> list[PairRequest]:
+    def _admitted(self, pairs: Sequence[CheckedPair], call: MeteredCall, deadline: float | None) -> list[PairRequest]:
         """What the engine gets, once the tenant's limits allow it."""
         call.spend(tokens=sum(len(checked.pair) for checked in pairs), pairs=len(pairs))
         salt = cache_salt(self._salt_secret, call.caller.tenant)
-        return [dataclasses.replace(checked.pair, tenant=call.caller.tenant, cache_salt=salt) for checked in pairs]
+        return [dataclasses.replace(checked.pair, tenant=call.caller.tenant, deadline=deadline, cache_salt=salt) for checked in pairs]
 
     def _gradient_messages(
         self, pairs: Iterable[CheckedPair], results: Iterable[PairResult], dtype: pb.DType

@@ -6,6 +6,7 @@ and everything the call held is given back at once instead of when a generator i
 
 from __future__ import annotations
 
+import time
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -64,14 +65,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Any) -> None:
         async with (
             self._gate.call("Generate", request, context) as call,
-            aclosing(self._handlers.requests.generate(request, call)) as responses,
+            aclosing(self._handlers.requests.generate(request, call, _deadline(context))) as responses,
         ):
             async for response in responses:
                 await context.write(_counted(call, response))
 
     async def Score(self, request: inference_pb2.ScoreRequest, context: Any) -> inference_pb2.ScoreResponse:
         async with self._gate.call("Score", request, context) as call:
-            return _counted(call, await self._handlers.requests.score(request, call))
+            return _counted(call, await self._handlers.requests.score(request, call, _deadline(context)))
 
 
 class TuningServicer(tuning_pb2_grpc.TuningServicer):
@@ -80,4 +81,10 @@ class TuningServicer(tuning_pb2_grpc.TuningServicer):
 
     async def PromptGradients(self, request: tuning_pb2.PromptGradientsRequest, context: Any) -> tuning_pb2.PromptGradientsResponse:
         async with self._gate.call("PromptGradients", request, context) as call:
-            return _counted(call, await self._handlers.requests.prompt_gradients(request, call))
+            return _counted(call, await self._handlers.requests.prompt_gradients(request, call, _deadline(context)))
+
+
+def _deadline(context: Any) -> float | None:
+    """When the client stops waiting, on time.monotonic(); None: never."""
+    left = context.time_remaining()
+    return None if left is None else time.monotonic() + left

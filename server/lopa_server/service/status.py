@@ -9,7 +9,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 from lopa.wire.errors import DOMAIN, Reason, WireError
 
-from lopa_server.engine.base import EngineStopped, QueueFull, UnsupportedSchema
+from lopa_server.engine.base import DeadlineTooShort, EngineStopped, QueueFull, UnsupportedSchema
 from lopa_server.metering.meter import OverLimit
 
 log = logging.getLogger(__name__)
@@ -26,6 +26,9 @@ def status_for(error: Exception) -> status_pb2.Status:
     if isinstance(error, QueueFull):
         full = WireError(Reason.QUEUE_FULL, error.queue, limit=error.limit, found=error.waiting)
         return _status(full, min(LONGEST_RETRY, max(SHORTEST_RETRY, error.retry_after)))
+    if isinstance(error, DeadlineTooShort):
+        late = WireError(Reason.DEADLINE_TOO_SHORT, "deadline", limit=f"{error.left:.2g}", found=f"{error.needed:.2g}")
+        return _status(late, None if error.retry_after is None else min(LONGEST_RETRY, max(SHORTEST_RETRY, error.retry_after)))
     if isinstance(error, UnsupportedSchema):
         return _status(WireError(Reason.UNSUPPORTED, "sampling.json_schema", found=error), None)
     if isinstance(error, OverLimit):

@@ -31,5 +31,9 @@ class TorchEngineConfig:
     """Bytes for the key-value pool. Default: 40 % of the free memory, on a CPU 4 GiB at most."""
     max_waiting: int = 256
     """Generate requests that may wait for a place in the batch."""
+    max_waiting_tokens: int = 1 << 18
+    """Tokens to read and to write, of all those requests together."""
     max_waiting_pairs: int = 8192
     """Pairs of Score and PromptGradients that may wait."""
+    max_waiting_pair_tokens: int = 1 << 21
+    """Positions of all those pairs together."""

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 import torch
 
+from lopa_server.engine.admission import Admission, AdmissionLimits, Arrival
 from lopa_server.engine.base import (
     Delta,
     EngineSpec,
@@ -19,7 +20,6 @@ from lopa_server.engine.base import (
     GenerateRequest,
     PairRequest,
     PairResult,
-    QueueFull,
     UnsupportedSchema,
 )
 from lopa_server.engine.content import blocks_for
@@ -41,10 +41,10 @@ class TorchEngine:
         self._grammars = Grammars.of(fm.tokenizer, fm.spec)
         self._spec = dataclasses.replace(fm.spec, json_schemas=self._grammars is not None)
         self._worker = Worker(fm, config.limits, lambda: _set_threads(config.threads))
-        self._streams: set[str] = set()
-        self._pairs_alive = 0
+        weights, batch = config.limits.tenant_weights, config.limits.max_batch
+        self._streams = Admission(AdmissionLimits("generate queue", batch, config.max_waiting, config.max_waiting_tokens), weights)
+        self._calls = Admission(AdmissionLimits("pair queue", 0, config.max_waiting_pairs, config.max_waiting_pair_tokens), weights)
         self._job_numbers = itertools.count(1)
-        self._departures: list[float] = []
         self._stopped = False
 
     @classmethod
@@ -97,17 +97,18 @@ class TorchEngine:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         self._check_running()
         constraint = await self._constraint(request.sampling.json_schema)
-        self._admit_stream()
-        mailbox = Mailbox()
-        self._worker.send(LiveStream(request, mailbox, self._decode_text, self.spec.end_ids, constraint))
-        self._streams.add(request.id)
+        arrival = Arrival(request.tenant, 1, len(request.input), request.sampling.max_tokens, request.deadline)
+        self._streams.enter(request.id, arrival, time.monotonic())
+        mailbox, finished = Mailbox(), False
         try:
-            while True:
+            self._worker.send(LiveStream(request, mailbox, self._decode_text, self.spec.end_ids, constraint))
+            while not finished:
                 delta = await mailbox.get()
+                self._streams.progress(request.id, len(delta.token_ids), time.monotonic())
+                finished = delta.finish is not None
                 yield delta
-                if delta.finish is not None:
-                    return
         finally:
+            self._streams.leave(request.id, time.monotonic(), finished=finished)
             self.abort(request.id)
 
     async def score(self, pairs: Sequence[PairRequest]) -> list[PairResult]:
@@ -117,31 +118,28 @@ class TorchEngine:
         return await self._run_pairs(PairKind.GRADIENTS, pairs)
 
     def abort(self, request_id: str) -> None:
-        if request_id in self._streams:
-            self._streams.discard(request_id)
-            self._departures = [*self._departures[-31:], time.monotonic()]
-            self._send_abort(request_id)
+        """An engine that has ended has forgotten everything already."""
+        with contextlib.suppress(EngineStopped):
+            self._worker.send(Abort(request_id))
 
     def stats(self) -> EngineStats:
         return self._worker.stats()
 
     async def _run_pairs(self, kind: PairKind, pairs: Sequence[PairRequest]) -> list[PairResult]:
         self._check_running()
-        self._admit_pairs(len(pairs))
         job = LiveJob(f"pairs-{next(self._job_numbers)}", kind, pairs, Mailbox())
-        self._worker.send(job)
-        self._pairs_alive += len(pairs)
+        arrival = Arrival(pairs[0].tenant, len(pairs), sum(map(len, pairs)), 0, pairs[0].deadline)
+        self._calls.enter(job.id, arrival, time.monotonic())
+        finished = False
         try:
+            self._worker.send(job)
             results = await job.mailbox.get()
+            self._calls.progress(job.id, 0, time.monotonic())
+            finished = True
         finally:
-            self._pairs_alive -= len(pairs)
-            self._send_abort(job.id)
+            self._calls.leave(job.id, time.monotonic(), finished=finished)
+            self.abort(job.id)
         return results
-
-    def _send_abort(self, name: str) -> None:
-        """An engine that has ended has forgotten everything already."""
-        with contextlib.suppress(EngineStopped):
-            self._worker.send(Abort(name))
 
     async def _constraint(self, schema: str | None) -> Constraint | None:
         if schema is None:
@@ -153,26 +151,6 @@ class TorchEngine:
     def _check_running(self) -> None:
         if self._stopped:
             raise EngineStopped("the engine was stopped")
-
-    def _admit_stream(self) -> None:
-        """Raises QueueFull when the batch and the queue in front of it are taken."""
-        waiting = len(self._streams) - self._config.limits.max_batch
-        if waiting >= self._config.max_waiting:
-            raise QueueFull("generate queue", waiting, self._config.max_waiting, self._seconds_per_departure())
-
-    def _admit_pairs(self, count: int) -> None:
-        """Raises QueueFull when these pairs would not fit. A call that finds the queue empty always fits."""
-        limit = self._config.max_waiting_pairs
-        if self._pairs_alive and self._pairs_alive + count > limit:
-            stats = self.stats()
-            rate = stats.pairs_done / max(stats.seconds.get("PairStep", 0.0), 1e-3)
-            too_many = self._pairs_alive + count - limit
-            raise QueueFull("pair queue", self._pairs_alive, limit, too_many / rate if rate else 1.0)
-
-    def _seconds_per_departure(self) -> float:
-        """How often a stream ends, lately: after so long there should be room for one more."""
-        times = self._departures
-        return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 1.0
 
     def _decode_text(self, ids: Sequence[int]) -> str:
         return self._fm.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

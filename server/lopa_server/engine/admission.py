@@ -1,0 +1,216 @@
+"""Whether a request may wait at all: a queue bounded in entries and tokens, shared by tenants, and deadlines that can still be met.
+
+A refusal comes at once and says when to come back; waiting for nothing costs everybody. Policy only: no tensor, no clock of
+its own. Times are seconds on one monotonic clock.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lopa_server.engine.base import DeadlineTooShort, QueueFull
+
+HALF_LIFE = 10.0
+"""Busy seconds after which a measurement counts half."""
+LEAST_MEASURED = 5.0
+"""Busy seconds that must have been seen before anything is estimated."""
+READING = 0.05
+"""Work of reading a token, where writing one is 1. Taken low, so that estimates err towards admitting."""
+SLACK = 2.0
+"""So many times the time that is left must be needed before a request is refused: estimates are no more exact than that."""
+UNKNOWN_WAIT = 1.0
+"""Seconds to come back after while nothing is measured."""
+
+
+@dataclass(frozen=True)
+class AdmissionLimits:
+    """Bounds on what waits. What is being computed is not counted."""
+
+    queue: str
+    """Its name, for errors."""
+    places: int
+    """Entries that are computed at the same time; 0: one call at a time, as for pairs."""
+    max_entries: int
+    max_tokens: int
+    """Tokens to read and to write at most, of all that waits."""
+    share: float = 4.0
+    """A tenant may take this many times what is still free: 4 leaves a fifth of the queue to others however many one sends."""
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What asks to be admitted."""
+
+    tenant: str
+    entries: int
+    prompt_tokens: int
+    text_tokens: int
+    """Tokens that may be written at most."""
+    deadline: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.text_tokens
+
+
+@dataclass
+class _Live:
+    arrival: Arrival
+    waiting: bool = True
+    written: int = 0
+
+
+class Pace:
+    """How much work a place gets done in a second, lately: decaying sums over busy time. Unit of work: writing a token."""
+
+    def __init__(self) -> None:
+        self.work = 0.0
+        self.seconds = 0.0
+        """Of all busy places together."""
+        self._time: float | None = None
+
+    def pass_time(self, now: float, busy: int) -> None:
+        """Until now, so many places were busy."""
+        if self._time is not None and busy:
+            elapsed = max(0.0, now - self._time)
+            decay = 0.5 ** (elapsed / HALF_LIFE)
+            self.work *= decay
+            self.seconds = self.seconds * decay + busy * elapsed
+        self._time = now
+
+    @property
+    def rate(self) -> float | None:
+        """Work a second and place; None until enough was seen."""
+        return self.work / self.seconds if self.seconds >= LEAST_MEASURED and self.work else None
+
+
+class Admission:
+    """Everything between its arrival and its end. Used from one thread."""
+
+    def __init__(self, limits: AdmissionLimits, weights: Mapping[str, float] | None = None) -> None:
+        """weights: as in `FairQueue`; 1 for those who aren't listed."""
+        self._limits = limits
+        self._weights = weights or {}
+        self._live: dict[str, _Live] = {}
+        self._entries = 0
+        self._waiting: Counter[str] = Counter()
+        """Tokens that wait, by tenant."""
+        self._waiting_tokens = 0
+        self._waiting_work: Counter[str] = Counter()
+        """The same as work, if all that may be written is written."""
+        self._pace = Pace()
+        self._written, self._allowed = 0.0, 0.0
+        """Tokens written and allowed, of requests that have ended, the last ones counting most."""
+
+    def enter(self, name: str, arrival: Arrival, now: float) -> None:
+        """Let it wait.
+
+        Raises:
+            QueueFull: too much waits, or too much of this tenant. DeadlineTooShort: it would not be done in time.
+        """
+        self._pace.pass_time(now, self._busy)
+        self._check_room(arrival)
+        self._check_deadline(arrival, now)
+        self._live[name] = _Live(arrival)
+        self._entries += arrival.entries
+        self._move(arrival, 1)
+
+    def progress(self, name: str, tokens: int, now: float) -> None:
+        """It has a place, its prompt is read, and so many more tokens were written."""
+        self._pace.pass_time(now, self._busy)
+        live = self._live[name]
+        if live.waiting:
+            live.waiting = False
+            self._move(live.arrival, -1)
+            self._pace.work += READING * live.arrival.prompt_tokens
+        live.written += tokens
+        self._pace.work += tokens
+
+    def leave(self, name: str, now: float, *, finished: bool) -> None:
+        """It has ended: finished, or given up; unknown names are ignored."""
+        self._pace.pass_time(now, self._busy)
+        live = self._live.pop(name, None)
+        if live is None:
+            return
+        self._entries -= live.arrival.entries
+        if live.waiting:
+            self._move(live.arrival, -1)
+        elif finished:
+            self._written = 0.95 * self._written + live.written
+            self._allowed = 0.95 * self._allowed + live.arrival.text_tokens
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens to read and to write, of all that waits."""
+        return self._waiting_tokens
+
+    def expected_wait(self, arrival: Arrival) -> float | None:
+        """Seconds until it gets a place; None while nothing is measured.
+
+        Tenants are served by weight, so of what others have waiting at most as much as its own turn takes goes first.
+        """
+        if self._entries + arrival.entries <= self._limits.places:
+            return 0.0
+        before = self._waiting_work[arrival.tenant]
+        turn = (before + self._work(arrival)) / self._weight(arrival.tenant)
+        others = (min(work, turn * self._weight(tenant)) for tenant, work in self._waiting_work.items() if tenant != arrival.tenant)
+        return self._seconds_for(self._written_part * (before + sum(others)))
+
+    @property
+    def _busy(self) -> int:
+        return min(self._entries, max(1, self._limits.places)) if self._live else 0
+
+    @property
+    def _written_part(self) -> float:
+        """How much of the work allowed is really done. Nothing is known at first, and then nothing is held against anybody."""
+        return self._written / self._allowed if self._allowed else float(not self._limits.places)
+
+    def _weight(self, tenant: str) -> float:
+        return self._weights.get(tenant, 1.0)
+
+    def _work(self, arrival: Arrival) -> float:
+        return READING * arrival.prompt_tokens + arrival.text_tokens
+
+    def _move(self, arrival: Arrival, sign: int) -> None:
+        tenant = arrival.tenant
+        self._waiting_tokens += sign * arrival.tokens
+        self._waiting[tenant] += sign * arrival.tokens
+        self._waiting_work[tenant] += sign * self._work(arrival)
+        if not self._waiting[tenant]:
+            del self._waiting[tenant], self._waiting_work[tenant]
+
+    def _check_room(self, arrival: Arrival) -> None:
+        limits = self._limits
+        over = self._entries + arrival.entries - limits.places
+        if over > limits.max_entries and self._live:
+            tokens = self._waiting_tokens * (over - limits.max_entries) / max(1, self._entries)
+            raise self._full("", self._entries - limits.places, limits.max_entries, tokens)
+        if over <= 0 or not self._waiting_tokens:
+            return
+        excess = self._waiting_tokens + arrival.tokens - limits.max_tokens
+        if excess > 0:
+            raise self._full(" (tokens)", self._waiting_tokens, limits.max_tokens, excess)
+        own, allowed = self._waiting[arrival.tenant], int(limits.share * (limits.max_tokens - self._waiting_tokens))
+        if own + arrival.tokens > allowed:
+            raise self._full(" (tokens of one tenant)", own, allowed, own + arrival.tokens - allowed)
+
+    def _full(self, what: str, waiting: int, limit: int, tokens: float) -> QueueFull:
+        """So many tokens too many; at the measured pace, work is done in proportion."""
+        work = sum(self._waiting_work.values()) * tokens / max(1, self._waiting_tokens)
+        seconds = self._seconds_for(self._written_part * work)
+        return QueueFull(f"{self._limits.queue}{what}", waiting, limit, UNKNOWN_WAIT if seconds is None else seconds)
+
+    def _seconds_for(self, work: float) -> float | None:
+        """How long all places together take; None while nothing is measured."""
+        return None if self._pace.rate is None else work / (self._pace.rate * max(1, self._limits.places))
+
+    def _check_deadline(self, arrival: Arrival, now: float) -> None:
+        if arrival.deadline is None or self._pace.rate is None:
+            return
+        wait = self.expected_wait(arrival) or 0.0
+        own = self._written_part * self._work(arrival) / self._pace.rate
+        left = arrival.deadline - now
+        if wait + own > SLACK * left:
+            raise DeadlineTooShort(wait + own, left, retry_after=wait if own <= SLACK * left else None)
