@@ -11,6 +11,7 @@ import pytest
 import torch
 from lopa_server.engine.base import InputSequence, PairRequest, PairResult
 from lopa_server.engine.torch_engine.engine import TorchEngine
+from lopa_server.engine.torch_engine.packed import PackedLinear, can_pack, pack_linears
 from transformers import AutoModelForCausalLM
 
 from tests.server.engines import collect, load, pair, run, stream
@@ -65,11 +66,34 @@ def test_gradients_are_those_of_torch(family: str, tmp_path: Path) -> None:
 def test_bfloat16_gradients_point_where_float32_ones_do(tiny_fm: Path) -> None:
     pairs = _mixed_pairs()
     exact = run(load(tiny_fm), lambda engine: engine.prompt_gradients(pairs))
-    rounded = run(load(tiny_fm, dtype="bfloat16"), lambda engine: engine.prompt_gradients(pairs))
+    engine = load(tiny_fm, dtype="bfloat16")
+    packed = any(isinstance(module, PackedLinear) for module in engine._fm.model.modules())
+    assert packed == can_pack(torch.device("cpu"), torch.bfloat16)
+    rounded = run(engine, lambda engine: engine.prompt_gradients(pairs))
     for one, two in zip(exact, rounded, strict=True):
         assert two.nll_sum == pytest.approx(one.nll_sum, rel=0.02)
         cosine = np.vdot(one.gradient, two.gradient) / (np.linalg.norm(one.gradient) * np.linalg.norm(two.gradient))
         assert cosine > 0.99
+
+
+def test_packed_layers_give_the_same_bits_forward_and_backward() -> None:
+    if not can_pack(torch.device("cpu"), torch.bfloat16):
+        pytest.skip("this processor has no bfloat16 units")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(96, 160), torch.nn.Linear(160, 64, bias=False)).to(torch.bfloat16).requires_grad_(False)
+    first, second = model
+    for rows in (1, 7, 200):
+        given = torch.randn(rows, 3, 96).to(torch.bfloat16)
+        one, two = given.clone().requires_grad_(), given.clone().requires_grad_()
+        expected = second(first(one))
+        copy = torch.nn.Sequential(first, second)
+        assert pack_linears(copy) == 2
+        found = copy(two)
+        assert torch.equal(found, expected) and torch.equal(copy(given), expected)
+        found.float().pow(2).sum().backward()
+        expected.float().pow(2).sum().backward()
+        torch.testing.assert_close(two.grad, one.grad, rtol=0.02, atol=0.02 * float(one.grad.abs().max()))
+        assert torch.equal(copy[0].weight, first.weight)
 
 
 def test_many_users_share_micro_batches_and_get_their_own(tiny_fm: Path) -> None:

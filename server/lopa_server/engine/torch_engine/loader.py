@@ -13,7 +13,7 @@ from lopa.fingerprint import fingerprint_folder
 
 from lopa_server.config import ConfigError
 from lopa_server.engine.base import EngineSpec, UnsupportedModel
-from lopa_server.engine.torch_engine import attention
+from lopa_server.engine.torch_engine import attention, packed
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -106,6 +106,8 @@ def load_foundation_model(fm: str | Path, *, dtype: str | None = None, device: s
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if model.get_output_embeddings() is None:
         raise UnsupportedModel(f"{model.config.model_type}: it has no output head of its own")
+    if packed.can_pack(place, DTYPES[name]):
+        packed.pack_linears(model)
     attention.register()
     own_attention = model.config._attn_implementation
     try:
