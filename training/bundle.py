@@ -35,15 +35,15 @@ METHOD = LoPAConfig(
     features=1,
     rows=10,
     rank=4,
-    head_width=64,
+    head_width=128,
     z_rank=8,
     z_gain=0.3,  # about three times the embeddings' root mean square: prompt tuning needs rows that go far
     corrections={"W1u": 2, "W2u": 4, "W1v": 2, "W2v": 8},
-    inner_std=0.06,
+    inner_std=0.045,
     output_std=0.2,
     dropout=0.05,
 )
-TUNING = TuningDefaults(learning_rate=3e-2, steps=100, batch_size=8)
+TUNING = TuningDefaults(learning_rate=3e-2, steps=150, batch_size=8)
 TEST_ITEMS = 48
 
 
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--people", type=Path, default=Path("build/people"), help="folder made by people.py")
     parser.add_argument("--out", type=Path, default=Path("build/lopa_nano_bundle"))
     parser.add_argument("--run", type=Path, default=Path("build/lopa_nano_bundle.run"))
-    parser.add_argument("--steps", type=int, default=1400)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--persons", type=int, default=4, help="in one step")
     parser.add_argument("--shared-rate", type=float, default=2e-3)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="train under bfloat16 autocast")

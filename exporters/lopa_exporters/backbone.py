@@ -1,7 +1,7 @@
 """Hugging Face text encoders as frozen backbones: weights, tokenizer, positions, and the pooling that their authors use.
 
 A sentence-transformers folder says how it pools (modules.json and its Pooling module's config.json). Other bidirectional encoders
-are read at their first token, as the paper reads RoBERTa and CodeBERT; a causal model's layers are averaged.
+are read at their first token, as the paper reads RoBERTa and CodeBERT; a causal model's layers and static token embeddings are averaged.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import nn
+
+from lopa_exporters.static import find_static, load_static
 
 POOLINGS = ("mean", "cls", "last", "pooler")
 _SENTENCE_TRANSFORMERS = {"mean": "mean", "mean_tokens": "mean", "cls": "cls", "cls_token": "cls", "lasttoken": "last", "last": "last"}
@@ -39,6 +41,8 @@ def author_pooling(folder: str) -> Pooling:
 
     from lopa_exporters.hub import resolve_folder
 
+    if find_static(Path(folder)) is not None:
+        return Pooling("mean", normalize=True)
     place = resolve_folder(folder)
     if (place / "modules.json").is_file():
         return _sentence_pooling(place)
@@ -79,6 +83,9 @@ def load_backbone(folder: str, layers: int, pooling: str) -> nn.Module:
     """
     from transformers import AutoModel
 
+    static = find_static(Path(folder))
+    if static is not None:
+        return load_static(static)
     backbone, info = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
     missing = [name for name in info["missing_keys"] if pooling == "pooler" or "pooler" not in name]
     if missing:
@@ -108,6 +115,9 @@ def load_tokenizer(folder: str) -> Tokenizer:
     """
     from transformers import AutoTokenizer
 
+    static = find_static(Path(folder))
+    if static is not None:
+        return plain_tokenizer(Tokenizer.from_file(str(static / "tokenizer.json")))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if not tokenizer.is_fast:
         raise ValueError(f"{folder} has no tokenizer.json: the device needs a fast tokenizer")

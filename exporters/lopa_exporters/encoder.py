@@ -31,7 +31,7 @@ class EncoderConfig:
     """Where features come from."""
 
     folder: str
-    """A Hugging Face folder or model id."""
+    """A Hugging Face folder or model id, or a folder of static token embeddings (`lopa_exporters.static`)."""
     layers: int = 0
     """Keep the backbone's first layers only; 0 keeps all."""
     pooling: str = "mean"

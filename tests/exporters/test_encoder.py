@@ -8,6 +8,7 @@ import pytest
 import torch
 from lopa_exporters.encoder import Encoder, EncoderConfig, pool
 from lopa_exporters.graphs import export_encode
+from lopa_exporters.static import save_static
 from lopa_exporters.verify import verify_encode
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -87,3 +88,19 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, object]) ->
 def test_more_layers_than_there_are_is_an_error(fm_folder: Path) -> None:
     with pytest.raises(ValueError, match="layers is 3; the backbone has 2"):
         Encoder.load(EncoderConfig(folder=str(fm_folder), layers=3))
+
+
+def test_static_token_embeddings_are_averaged_and_export(tmp_path: Path) -> None:
+    """A sentence-transformers StaticEmbedding folder: the mean of the tokens' vectors, normalized; the table must cover the tokenizer."""
+    tokenizer = train_tokenizer(300)
+    table = torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
+    save_static(tmp_path / "model" / "0_StaticEmbedding", table, tokenizer)
+    encoder = Encoder.load(EncoderConfig(folder=str(tmp_path / "model"), pooling="auto", max_tokens=40))
+    for text, features in zip(TEXTS, encoder.encode(TEXTS), strict=True):
+        mean = table[tokenizer.encode(text).ids[-40:]].mean(dim=0)
+        assert torch.allclose(features, mean / mean.norm(), atol=1e-5)
+    export_encode(encoder, encoder.config.max_tokens, tmp_path / "encode.onnx")
+    verify_encode(tmp_path / "encode.onnx", encoder, 16, 300, 40)
+    save_static(tmp_path / "short", table[:200], tokenizer)
+    with pytest.raises(ValueError, match="200 rows"):
+        Encoder.load(EncoderConfig(folder=str(tmp_path / "short")))
