@@ -15,12 +15,13 @@ import random
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from lopa.bundle import FILES, MANIFEST, Bundle, extract_archive
+from lopa.bundle import FILES, MANIFEST, MAX_MANIFEST_BYTES, Bundle, Manifest, extract_archive
 from lopa.errors import BundleError, FingerprintMismatch, FolderError, NotFound, ProtocolError, RemoteError, StorageError, Unavailable
-from lopa.files import locked, make_folder, sync_folder
+from lopa.files import locked, make_folder, read_limited, sync_folder
 from lopa.protocol.flow import Flow, OpenStream, Receive, wait, work
 from lopa.v1 import catalog_pb2
 from lopa.values import Model
@@ -54,7 +55,51 @@ def cached_bundle(bundle_id: str, chosen: Path | None = None) -> Bundle | None:
         bundle = Bundle.open(folder)
     except BundleError:
         return None  # whoever asked downloads it again, over this one
+    with contextlib.suppress(OSError):  # a cache that can only be read is never cleaned either
+        os.utime(folder)
     return bundle if bundle.manifest.id == bundle_id else None
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """A bundle in the cache, or the beginning of one."""
+
+    bundle_id: str
+    folder: Path
+    size: int
+    """Bytes."""
+    used: float
+    """When it was last opened, in seconds since 1970."""
+    made_for: str
+    """The foundation model's name; empty for a download that did not end."""
+
+
+def list_bundles(chosen: Path | None = None) -> list[CacheEntry]:
+    """What is in the cache, most recently used first."""
+    entries = []
+    for path in (cache_folder(chosen) / "bundles").glob("*"):
+        bundle_id = path.name.removesuffix(".partial")
+        if len(bundle_id) != _HEX_DIGITS:
+            continue
+        size = sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else path.stat().st_size
+        name = ""
+        if path.is_dir():
+            with contextlib.suppress(BundleError, OSError, ValueError):
+                name = Manifest.from_json(read_limited(path / MANIFEST, MAX_MANIFEST_BYTES).decode("utf-8")).fm.name
+        entries.append(CacheEntry(bundle_id, path, size, path.stat().st_mtime, name))
+    return sorted(entries, key=lambda entry: -entry.used)
+
+
+def clean_bundles(days: float, chosen: Path | None = None) -> list[CacheEntry]:
+    """Remove what was not used for so many days, and tell it. What another process is downloading now stays."""
+    gone = []
+    for entry in list_bundles(chosen):
+        if time.time() - entry.used < 86400 * days:
+            continue
+        with contextlib.suppress(FolderError), locked(entry.folder.with_name(f"{entry.bundle_id}.lock"), "in use"):
+            shutil.rmtree(entry.folder, ignore_errors=True) if entry.folder.is_dir() else entry.folder.unlink(missing_ok=True)
+            gone.append(entry)
+    return gone
 
 
 def fetch_bundle(session: Session, *, progress: Progress | None = None) -> Flow[Bundle]:
@@ -81,6 +126,8 @@ def fetch_bundle(session: Session, *, progress: Progress | None = None) -> Flow[
             bundle = yield from work(lambda: cached_bundle(model.bundle_id, chosen))
             if bundle is None:
                 bundle = yield from _download(session, model, root, progress)
+        if session.config.bundle_days:
+            yield from work(lambda: clean_bundles(session.config.bundle_days, chosen))
     check_model(bundle, model)
     return bundle
 

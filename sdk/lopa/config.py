@@ -27,5 +27,7 @@ class ClientConfig:
     """Seconds without data after which an ongoing call's connection is tested, as mobile networks need it; 0 never tests."""
     cache: Path | None = None
     """Where bundles are kept; None stands for $LOPA_CACHE, else the user's cache folder."""
+    bundle_days: float = 90.0
+    """Bundles that were not used for so many days are removed when another one is fetched; 0 keeps all."""
     threads: int = 1
     """Threads of the prompt encoder."""

@@ -14,8 +14,8 @@ from lopa.files import read_limited
 from lopa.values import Message, Prompt, Target
 
 MAX_FILE_BYTES = 256 << 20
-PROMPT_CHARACTERS, TARGET_CHARACTERS = 600, 300
-"""How plain text is cut, unless told otherwise: about 150 and 75 tokens of English."""
+PROMPT_CHARACTERS, TARGET_CHARACTERS = 300, 150
+"""How plain text is cut, unless told otherwise: about 75 and 40 tokens of English."""
 _JSON_LINES = (".jsonl", ".ndjson")
 _FIELDS = {"prompt", "target", "append_end", "prefix", "encoder_text"}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent import futures
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ import grpc
 import lopa
 import pytest
 from lopa.bundle import Bundle, FMSpec
-from lopa.cache import cache_folder, cached_bundle
+from lopa.cache import cache_folder, cached_bundle, list_bundles
 from lopa.retry import RetryPolicy
 from lopa.v1 import catalog_pb2, catalog_pb2_grpc
 
@@ -178,6 +180,19 @@ def test_a_damaged_cache_heals(shop: Shop, tmp_path: Path) -> None:
         assert cached_bundle(shop.bundle_id, tmp_path / "cache") is None
         client.bundle()
     assert cached_bundle(shop.bundle_id, tmp_path / "cache") is not None
+
+
+def test_bundles_that_nobody_uses_go_when_another_comes(shop: Shop, bundle: Bundle, tmp_path: Path) -> None:
+    """By the time of their last use; a clock that was set back only keeps them longer."""
+    bundles = tmp_path / "cache" / "bundles"
+    for name, days in (("a" * 64, 200), ("b" * 64, 10), ("c" * 64, -5)):
+        folder = bundles / name
+        folder.mkdir(parents=True)
+        os.utime(folder, (time.time() - 86400 * days,) * 2)
+    with visit(shop, tmp_path / "cache") as client:
+        client.bundle()
+    assert {path.name for path in bundles.iterdir() if path.is_dir()} == {"b" * 64, "c" * 64, bundle.manifest.id}
+    assert [entry.made_for != "" for entry in list_bundles(tmp_path / "cache")].count(True) == 1
 
 
 def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,57 @@ def test_generate_with_every_option(address: str, tmp_path: Path, capsys: Captur
     assert json.loads(capsys.readouterr().out) in ("yes", "no")
 
 
+def test_budgets_scores_and_curves(address: str, jsonl: Path, tmp_path: Path, capsys: Capture) -> None:
+    folder, text = tmp_path / "me", tmp_path / "code.py"
+    text.write_text("".join(f"def function_{i}(a, b):\n    return a + b\n" for i in range(40)))
+    assert run("tune", address, folder, text, "--steps", 6, "--max-steps", 2, "--low-priority") == 0
+    assert "stopped at step 2 (max_steps)" in capsys.readouterr().out
+    assert run("tune", address, folder, text, "--steps", 6, "--plot", tmp_path / "curves.png", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["resumed_from"] == 2 and (tmp_path / "curves.png").stat().st_size > 1000
+    assert run("score", address, jsonl, "--personal", folder, "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)) == len(EXAMPLES)
+    assert run("score", address, jsonl) == 0
+    assert "nats per token over 10 examples" in capsys.readouterr().out
+
+
+def test_chat_streams_answers_and_remembers_turns(address: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    lines = iter(["hello", "", "and then?", "/reset", "hello", "x " * 490, "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    assert run("chat", address, "--max-tokens", "6", "--system", "be kind") == 1, "the last line alone is longer than the context"
+    captured = capsys.readouterr()
+    with lopa.connect(address) as client:
+        turns = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
+        first = client.generate(turns, max_tokens=6).text
+        turns += [{"role": "assistant", "content": first}, {"role": "user", "content": "and then?"}]
+        second = client.generate(turns, max_tokens=6).text
+    assert captured.out.startswith(f"{first}\n{second}\n{first}\n")
+    assert "A conversation." in captured.err and "context" in captured.err
+
+
+def test_a_persona_moves_and_the_cache_is_kept_clean(
+    address: str, jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("LOPA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LOPA_PASSPHRASE", "correct horse")
+    assert run("tune", address, tmp_path / "me", jsonl, "--steps", 2, "--keep-examples") == 0
+    assert run("move", "export", tmp_path / "me", tmp_path / "me.lopa") == 0
+    assert run("move", "import", tmp_path / "me.lopa", tmp_path / "phone", "--persona", "work") == 0
+    assert run("migrate", address, tmp_path / "phone", "--persona", "work") == 0
+    assert run("generate", address, "x", "--personal", tmp_path / "phone", "--persona", "work", "--max-tokens", 2) == 0
+    monkeypatch.setenv("LOPA_PASSPHRASE", "wrong")
+    assert run("generate", address, "x", "--personal", tmp_path / "phone", "--persona", "work") == 1
+    assert "wrong passphrase" in capsys.readouterr().err
+    assert run("bundle", "fetch", address) == 0
+    capsys.readouterr()
+    assert run("bundle", "list", "--json") == 0
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert entry["made_for"] and entry["size"] > 1000
+    assert run("bundle", "clean") == 0 and run("bundle", "list") == 0
+    assert entry["bundle_id"] in capsys.readouterr().out
+    assert run("bundle", "clean", "--days", 0) == 0 and run("bundle", "list", "--json") == 0
+    assert "[]" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

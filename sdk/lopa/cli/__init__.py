@@ -16,7 +16,8 @@ from typing import Annotated
 
 import typer
 
-from lopa.cli import commands
+from lopa.cli import commands, keeping
+from lopa.cli.chat import chat
 from lopa.cli.generation import generate
 from lopa.cli.output import fail
 from lopa.errors import LopaError
@@ -24,7 +25,16 @@ from lopa.errors import LopaError
 GROUP = "lopa.commands"
 EXTRAS = {"serve": "server", "keys": "server", "usage": "server", "export": "export", "demo": "demo"}
 """What to install for commands whose parts are not in the plain package."""
-OWN: Sequence[Callable[..., None]] = (commands.info, generate, commands.tune, commands.history, commands.rollback)
+OWN: Sequence[Callable[..., None]] = (
+    commands.info,
+    generate,
+    chat,
+    commands.score,
+    commands.tune,
+    commands.migrate,
+    commands.history,
+    commands.rollback,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -53,6 +63,8 @@ def build_app(selected: str) -> typer.Typer:
     app.callback()(_root)
     for own in OWN:
         app.command()(own)
+    app.add_typer(keeping.move, name="move")
+    app.add_typer(keeping.bundle, name="bundle")
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
         if entry.name == selected:
             loaded = entry.load()

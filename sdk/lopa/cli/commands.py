@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lopa.cli.output import download_bar, fail, print_json, tuning_bar, usage_error
+from lopa.cli.connecting import open_client, open_persona
+from lopa.cli.output import fail, print_json, tuning_bar, usage_error
+
+if TYPE_CHECKING:
+    from lopa.examples import Example
+    from lopa.tuning import TuneReport
 
 Address = Annotated[str, typer.Argument(metavar="ADDRESS", help="The server, HOST:PORT.", show_default=False)]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A user's folder.", show_default=False)]
 PersonaName = Annotated[str, typer.Option("--persona", help="Which of the user's personas.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Tls = Annotated[bool, typer.Option("--tls", help="Connect with TLS.")]
+Tls = Annotated[bool, typer.Option("--tls", help="Connect with TLS; the environment names PEM files: LOPA_TLS_ROOTS, _KEY, _CHAIN.")]
+ExampleFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="EXAMPLES",
+        help='JSON lines with "prompt" and "target", or "messages"; or plain text.',
+        exists=True,
+        dir_okay=False,
+        show_default=False,
+    ),
+]
 
 
 def info(address: Address, tls: Tls = False, as_json: Json = False) -> None:
     """Show what a server hosts: the model, its limits, its bundle."""
-    import lopa
-
-    with lopa.connect(address, tls=tls) as client:
+    with open_client(address, tls) as client:
         model = client.model
     if as_json:
         print_json(model)
@@ -41,63 +56,115 @@ def info(address: Address, tls: Tls = False, as_json: Json = False) -> None:
         print(f"{name:14}{value}")
 
 
+def score(
+    address: Address,
+    examples: ExampleFile,
+    personal: Annotated[Path | None, typer.Option(help="Measure as this user's folder has learnt.", show_default=False)] = None,
+    persona: PersonaName = "default",
+    tls: Tls = False,
+    as_json: Json = False,
+) -> None:
+    """Measure how likely a file's targets are: nats per token, for the plain model or for a persona."""
+    import lopa
+
+    items = _read(examples)
+    with open_client(address, tls) as client:
+        if personal is None:
+            scores = client.score([lopa.Pair(one.prompt, one.target, None, one.append_end, one.prefix) for one in items])
+        else:
+            scores = open_persona(client, personal, persona, plain=True).score(items)
+    if as_json:
+        print_json(scores)
+        return
+    tokens = sum(one.target_tokens for one in scores)
+    print(f"{sum(one.nll_sum for one in scores) / max(1, tokens):.4f} nats per token over {len(scores)} examples, {tokens} tokens")
+
+
 def tune(
     address: Address,
     folder: Folder,
-    examples: Annotated[
-        Path,
-        typer.Argument(
-            metavar="EXAMPLES",
-            help='JSON lines with "prompt" and "target" or "messages", or a plain text file.',
-            exists=True,
-            dir_okay=False,
-            show_default=False,
-        ),
-    ],
+    examples: ExampleFile,
     persona: PersonaName = "default",
-    validation: Annotated[
-        Path | None, typer.Option(help="JSON lines to measure on; default: a fifth of the examples.", show_default=False)
-    ] = None,
+    validation: Annotated[Path | None, typer.Option(help="A file to measure on; default: a fifth of them.", show_default=False)] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; default: the bundle's.", show_default=False)] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples a step; default: the bundle's.", show_default=False)] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Default: the bundle's.", show_default=False)] = None,
     placement: Annotated[
         Literal["front", "after_prefix"] | None, typer.Option(help="Of the soft prompt; default: as last tuned.", show_default=False)
     ] = None,
+    early_stopping: Annotated[int, typer.Option(min=0, help="End after so many measurements without a better one; 0 never.")] = 0,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Steps of this call; it goes on the next time.", show_default=False)] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="Time of this call.", show_default=False)] = None,
+    max_bytes: Annotated[int | None, typer.Option(min=1, help="Message bytes of this call.", show_default=False)] = None,
+    low_priority: Annotated[bool, typer.Option("--low-priority", help="Let other users go first.")] = False,
+    keep_examples: Annotated[bool, typer.Option("--keep-examples", help="Keep them on this device for `lopa migrate`.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the split and the order.")] = 0,
     patience: Annotated[float, typer.Option(min=0, help="Seconds to wait for a server that can't be reached.")] = 120.0,
+    plot: Annotated[Path | None, typer.Option(help="Draw the curves into this PNG file.", show_default=False)] = None,
     tls: Tls = False,
     as_json: Json = False,
 ) -> None:
     """Teach a persona from examples. Interrupted, the same command goes on where it stopped."""
-    import lopa
-    from lopa.sources import read_examples
     from lopa.tuning import TuneOptions
 
+    learn, measure = _read(examples), _read(validation) if validation else None
+    given = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
+    options = TuneOptions(
+        seed=seed,
+        patience=patience,
+        placement=placement,
+        early_stopping=early_stopping,
+        max_steps=max_steps,
+        max_seconds=max_seconds,
+        max_bytes=max_bytes,
+        low_priority=low_priority,
+        **{name: value for name, value in given.items() if value is not None},  # type: ignore[typeddict-item]
+    )
+    with open_client(address, tls) as client:
+        who = open_persona(client, folder, persona)
+        with _interruptible(), tuning_bar() as show:
+            report = who.tune(learn, validation=measure, on_step=show, keep_examples=keep_examples, **options)
+    if plot is not None:
+        report.plot(plot)
+    _tell(report, as_json=as_json)
+
+
+def migrate(address: Address, folder: Folder, persona: PersonaName = "default", tls: Tls = False, as_json: Json = False) -> None:
+    """Learn a persona's kept examples again, for the server's model of now. Interrupted, the same command goes on."""
+    with open_client(address, tls) as client:
+        who = open_persona(client, folder, persona, plain=True)
+        with _interruptible(), tuning_bar() as show:
+            report = who.migrate(on_step=show)
+    _tell(report, as_json=as_json)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
     try:
-        learn, measure = read_examples(examples), read_examples(validation) if validation else None
-    except lopa.TuningError as error:
+        yield
+    except KeyboardInterrupt:
+        fail("stopped; every finished step is saved: run the same command again to go on", 130)
+
+
+def _read(path: Path) -> list[Example]:
+    from lopa.errors import TuningError
+    from lopa.sources import read_examples
+
+    try:
+        return read_examples(path)
+    except TuningError as error:
         usage_error(str(error))
-    options: TuneOptions = {"seed": seed, "patience": patience, "placement": placement}
-    if steps is not None:
-        options["steps"] = steps
-    if batch_size is not None:
-        options["batch_size"] = batch_size
-    if learning_rate is not None:
-        options["learning_rate"] = learning_rate
-    with lopa.connect(address, tls=tls) as client:
-        with download_bar("fetching the bundle") as bar:
-            who = client.personal(folder, persona, progress=bar)
-        try:
-            with tuning_bar() as show:
-                report = who.tune(learn, validation=measure, on_step=show, **options)
-        except KeyboardInterrupt:
-            fail("stopped; every finished step is saved: run the same command again to go on", 130)
+
+
+def _tell(report: TuneReport, *, as_json: bool) -> None:
+    """What a run gave."""
     if as_json:
         print_json(report)
         return
     change = f"validation loss {report.start_nll:.4f} -> {report.end_nll:.4f} nats per token"
-    if report.kept:
+    if report.resumable:
+        print(f"stopped at step {report.steps} ({report.outcome}): run the same command again to go on")
+    elif report.kept:
         print(f"version {report.version} saved: {change}, {report.factor_bytes} bytes, {report.seconds:.1f} s")
     else:
         print(f"nothing changed: no step was better than before ({report.start_nll:.4f} nats per token)")

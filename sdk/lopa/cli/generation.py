@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lopa.cli.commands import Address, Json, PersonaName, Tls
-from lopa.cli.output import download_bar, print_json, usage_error
+from lopa.cli.connecting import open_client, open_persona
+from lopa.cli.output import print_json, usage_error
 
 if TYPE_CHECKING:
     from lopa.stream import GenerationStream
@@ -45,7 +46,6 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt, streaming the text as it comes."""
-    import lopa
     from lopa.values import SamplingOptions
 
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -66,13 +66,11 @@ def generate(
         "n": n,
         "json_schema": json_schema.read_text(encoding="utf-8") if json_schema else None,
     }
-    with lopa.connect(address, tls=tls) as client:
+    with open_client(address, tls) as client:
         if personal is None:
             _show(client.stream(text, **sampling), as_json=as_json, several=n > 1)
             return
-        with download_bar("fetching the bundle") as bar:
-            who = client.personal(personal, persona, progress=bar)
-        _show(who.stream(text, **sampling), as_json=as_json, several=n > 1)
+        _show(open_persona(client, personal, persona, plain=True).stream(text, **sampling), as_json=as_json, several=n > 1)
 
 
 def _show(stream: GenerationStream, *, as_json: bool, several: bool) -> None:
