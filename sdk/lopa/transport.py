@@ -79,6 +79,7 @@ REASONS: Mapping[Reason, type[RemoteError]] = {
     Reason.RATE_EXCEEDED: ResourceExhausted,
     Reason.QUOTA_EXCEEDED: ResourceExhausted,
     Reason.TIME_LIMIT: DeadlineExceeded,
+    Reason.ENGINE_RESTARTING: Unavailable,
     Reason.INTERNAL: ServerError,
 }
 """Every reason of the catalogue; it says more than the status, so it wins."""

@@ -14,7 +14,6 @@ import tempfile
 import threading
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -38,11 +37,9 @@ from lopa_server.service.decoding import TolerantDecoding
 from lopa_server.service.gate import Gate, State
 from lopa_server.service.handlers import RequestHandlers
 from lopa_server.service.servicers import NAMES, CatalogServicer, Handlers, InferenceServicer, TuningServicer
+from lopa_server.supervisor import SupervisedEngine
 from lopa_server.tokenizing import PromptTokenizer
 from lopa_server.validation.requests import RequestChecker
-
-if TYPE_CHECKING:
-    from lopa_server.engine.torch_engine.engine import TorchEngine
 
 __all__ = ["ConfigError", "RunningServer", "ServerApp", "ServerConfig", "start_server"]
 
@@ -64,12 +61,8 @@ class ServerApp:
         """host:port, once started."""
         self.health_address = ""
         """The same of the port for probes, when there is one."""
-        self.engine: TorchEngine | None = None
+        self.engine: SupervisedEngine | None = None
         """The running engine, once started."""
-        self.broken = asyncio.Event()
-        """Set when the engine died by itself: nothing can be answered any more, the process should end."""
-        self._watching: asyncio.Task[None] | None = None
-        self._closing = False
         self._gate: Gate | None = None
         self._meter: Meter | None = None
         self._health = health.aio.HealthServicer()
@@ -84,6 +77,11 @@ class ServerApp:
     def name(self) -> str:
         """The FM's name, once started."""
         return self.engine.spec.name if self.engine is not None else str(self._config.fm)
+
+    async def gave_up(self) -> None:
+        """Returns when the engine has failed for good: nothing can be answered any more, the process should end."""
+        if self.engine is not None:
+            await self.engine.gave_up.wait()
 
     async def start(self) -> None:
         """Bind the port (NOT_SERVING), load, warm up, then serve.
@@ -185,12 +183,10 @@ class ServerApp:
 
     async def _load(self) -> None:
         bundle = await asyncio.to_thread(_open_bundle, self._config)
-        from lopa_server.warmup import load_engine, warm_up
+        from lopa_server import warmup
 
-        engine = await asyncio.to_thread(load_engine, self._config)
-        engine.start()
-        self.engine = engine
-        self._watching = asyncio.create_task(self._watch(engine))
+        engine = self.engine = SupervisedEngine(lambda: warmup.load_engine(self._config), warmup.warm_up, self._config.step_seconds)
+        await engine.start(self._engine_answers)
         published = None
         if bundle is not None:
             _check_bundle(bundle, engine.spec, self._config)
@@ -203,7 +199,6 @@ class ServerApp:
             engine.spec, self._config.limits, checker.max_row_norm, tokenizer.has_chat, version, published
         )
         self._handlers.requests = RequestHandlers(engine, checker, model_revision(engine.spec, version))
-        await warm_up(engine)
 
     async def _tell_ready(self) -> None:
         path = self._config.ready_file
@@ -215,22 +210,17 @@ class ServerApp:
             raise ConfigError(f"can't write the ready file {path}: {error.strerror or error}") from error
         self._ready_file = path
 
-    async def _watch(self, engine: TorchEngine) -> None:
-        """Tell health when the engine ends without having been asked to."""
-        await engine.wait_ended()
-        if self._closing:
+    async def _engine_answers(self, answers: bool) -> None:
+        """Tell health and the gate that the engine has failed, or is back."""
+        if self._gate is None or self._gate.state is State.DRAINING:
             return
-        log.critical("the engine has died: nothing can be answered any more")
-        self._state(State.DRAINING)
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        self.broken.set()
+        self._state(State.SERVING if answers else State.RESTARTING)
+        status = health_pb2.HealthCheckResponse
+        await self._set_health(status.SERVING if answers else status.NOT_SERVING)
 
     async def _close(self) -> None:
-        self._closing = True
         if self.engine is not None:
             await self.engine.stop()
-        if self._watching is not None:
-            await self._watching
         if self._server is not None:
             await self._server.stop(ABORT_SECONDS)
             self._server = None

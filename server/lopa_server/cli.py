@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ from lopa_server.limits import ServiceLimits, TrafficLimits
 from lopa_server.metering.cli import DEFAULT_PLACE
 from lopa_server.models import nano_bundle_folder, nano_folder
 
+EXIT_BROKEN = 70
+"""The engine failed for good (sysexits.h, EX_SOFTWARE): whoever started the server should start it again."""
 DEFAULTS = ServerConfig(fm="")
 
 
@@ -37,6 +40,9 @@ def serve(
     kv_memory_mib: Annotated[int | None, typer.Option(help="MiB for the key-value pool. Default: 40 % of the free memory.")] = None,
     block_size: Annotated[int, typer.Option(help="Positions in one block of that pool.")] = DEFAULTS.block_size,
     threads: Annotated[int | None, typer.Option(help="CPU threads for torch. Default: torch's own choice.")] = None,
+    step_seconds: Annotated[
+        float, typer.Option(help="An engine step that takes longer is stuck: the process ends.")
+    ] = DEFAULTS.step_seconds,
     drain_seconds: Annotated[float, typer.Option(help="How long running calls may take after SIGTERM.")] = DEFAULTS.drain_seconds,
     ready_file: Annotated[Path | None, typer.Option(help="File that gets host:port once the server is ready.")] = None,
     tls_certificate: Annotated[
@@ -102,6 +108,7 @@ def serve(
         kv_memory_mib=kv_memory_mib,
         block_size=block_size,
         limits=ServiceLimits(max_virtual_tokens=max_virtual_tokens),
+        step_seconds=step_seconds,
         drain_seconds=drain_seconds,
         ready_file=ready_file,
     )
@@ -133,10 +140,12 @@ async def _serve(config: ServerConfig) -> None:
         return
     await starting
     typer.echo(f"Serving {app.name} on {app.address}")
-    broken = asyncio.create_task(app.broken.wait())
+    broken = asyncio.create_task(app.gave_up())
     await asyncio.wait({stopping, broken}, return_when=asyncio.FIRST_COMPLETED)
     typer.echo("Draining: new calls are refused, running ones may finish.", err=True)
     await app.drain()
-    if app.broken.is_set():
-        fail("the engine died; the log above says why. Start the server again")
+    if broken.done():
+        typer.echo("lopa: the engine failed; the log above says why. Start the server again", err=True)
+        sys.stderr.flush()
+        os._exit(EXIT_BROKEN)  # a stuck thread would keep the interpreter from ending
     broken.cancel()

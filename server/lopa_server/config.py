@@ -81,6 +81,8 @@ class ServerConfig:
     """Who may call, and encryption."""
     health_port: int | None = None
     """One more port, plain text, that answers liveness probes and nothing else; 0: any free one. For probes that speak no TLS."""
+    step_seconds: float = 300.0
+    """A step of the engine that takes longer is stuck: its calls are answered, and the process ends to be started again."""
     drain_seconds: float = 30.0
     """How long running calls may take to finish after SIGTERM."""
     ready_file: Path | None = None
@@ -112,6 +114,8 @@ class ServerConfig:
             value = getattr(self.traffic, limit.name)
             if value <= 0:
                 yield f"traffic.{limit.name} is {value}; it must be above 0"
+        if self.step_seconds <= 0:
+            yield f"step_seconds is {self.step_seconds}; it must be above 0"
         if self.drain_seconds < 0:
             yield f"drain_seconds is {self.drain_seconds}; it can't be negative"
         if self.limits.max_virtual_tokens < 1:

@@ -18,7 +18,6 @@ from lopa.fingerprint import fingerprint_folder
 from lopa.v1 import catalog_pb2, inference_pb2
 from lopa_server.app import ConfigError, RunningServer, ServerConfig, start_server
 from lopa_server.engine.base import Engine, UnsupportedModel
-from lopa_server.engine.scheduler import Scheduler
 from lopa_server.limits import ServiceLimits
 
 from tests.server.bundles import write_bundle
@@ -172,17 +171,6 @@ def test_calls_beyond_the_bound_are_refused(tiny_fm: Path) -> None:
             client.catalog.GetModel(catalog_pb2.GetModelRequest())
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert [count + sum(len(delta.token_ids) for delta in call) for count, call in zip(counts, calls, strict=True)] == [480] * 2
-
-
-def test_an_engine_that_dies_is_told_to_everybody(tiny_fm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with start_server(ServerConfig(fm=tiny_fm, threads=1)) as server, grpc.insecure_channel(server.address) as channel:
-        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
-        next(watch)
-        monkeypatch.setattr(Scheduler, "next_step", lambda _: 1 / 0)
-        lost = failure(lambda: Client(channel).tokens(LONG))
-        assert lost.code is grpc.StatusCode.UNAVAILABLE
-        assert next(watch).status == NOT_SERVING
-        assert server.app.broken.is_set()
 
 
 def test_a_failed_start_is_one_line(tmp_path: Path) -> None:

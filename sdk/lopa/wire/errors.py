@@ -48,6 +48,7 @@ class Reason(Enum):
     RATE_EXCEEDED = "RATE_EXCEEDED"
     QUOTA_EXCEEDED = "QUOTA_EXCEEDED"
     TIME_LIMIT = "TIME_LIMIT"
+    ENGINE_RESTARTING = "ENGINE_RESTARTING"
     INTERNAL = "INTERNAL"
 
 
@@ -105,6 +106,7 @@ CATALOGUE: Mapping[Reason, Entry] = {
         grpc.StatusCode.RESOURCE_EXHAUSTED, "{field} is used up: {found} of {limit}; it starts anew with the next day (UTC)"
     ),
     Reason.TIME_LIMIT: Entry(grpc.StatusCode.DEADLINE_EXCEEDED, "{field} took longer than the {limit} that this server allows"),
+    Reason.ENGINE_RESTARTING: Entry(grpc.StatusCode.UNAVAILABLE, "the engine has failed and is being restarted; try again"),
     Reason.INTERNAL: Entry(grpc.StatusCode.INTERNAL, "internal error; the server's log has the detail under request id {found}"),
 }
 

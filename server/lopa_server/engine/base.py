@@ -9,6 +9,7 @@ Legend: m soft-prompt rows, d hidden size, t tokens.
     ├── DeadlineTooShort   it would not be done in time
     ├── UnsupportedSchema  a JSON schema that texts can't be held to
     ├── EngineStopped      the engine is shutting down or has been stopped
+    ├── EngineRestarting   it has failed, and another one is on its way
     └── EngineFailed       a computation failed; only the request that asked for it is lost
 """
 
@@ -58,6 +59,10 @@ class UnsupportedSchema(EngineError):
 
 class EngineStopped(EngineError):
     """The engine takes no more work, and gave up what it still had."""
+
+
+class EngineRestarting(EngineError):
+    """The engine failed with this request in it, or is not back yet. Nothing of the request is kept: it may be sent again."""
 
 
 class EngineFailed(EngineError):

@@ -24,6 +24,7 @@ STREAMS = ("Generate", "FetchBundle")
 class State(Enum):
     STARTING = "starting"
     SERVING = "serving"
+    RESTARTING = "restarting"
     DRAINING = "draining"
 
 
@@ -82,6 +83,8 @@ class Gate:
     def _check_state(self) -> None:
         if self.state is State.STARTING:
             raise WireError(Reason.STARTING)
+        if self.state is State.RESTARTING:
+            raise WireError(Reason.ENGINE_RESTARTING)
         if self.state is State.DRAINING:
             raise WireError(Reason.DRAINING)
 

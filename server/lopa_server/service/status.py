@@ -9,12 +9,12 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 from lopa.wire.errors import DOMAIN, Reason, WireError
 
-from lopa_server.engine.base import DeadlineTooShort, EngineStopped, QueueFull, UnsupportedSchema
+from lopa_server.engine.base import DeadlineTooShort, EngineRestarting, EngineStopped, QueueFull, UnsupportedSchema
 from lopa_server.metering.meter import OverLimit
 
 log = logging.getLogger(__name__)
 
-RETRY_SECONDS = {Reason.STARTING: 5.0, Reason.DRAINING: 1.0}
+RETRY_SECONDS = {Reason.STARTING: 5.0, Reason.DRAINING: 1.0, Reason.ENGINE_RESTARTING: 5.0}
 """Where no queue tells how long it takes: a replica comes back in about so long."""
 LONGEST_RETRY, SHORTEST_RETRY = 60.0, 0.05
 
@@ -33,6 +33,8 @@ def status_for(error: Exception) -> status_pb2.Status:
         return _status(WireError(Reason.UNSUPPORTED, "sampling.json_schema", found=error), None)
     if isinstance(error, OverLimit):
         return _over_limit(error)
+    if isinstance(error, EngineRestarting):
+        return _status(WireError(Reason.ENGINE_RESTARTING), RETRY_SECONDS[Reason.ENGINE_RESTARTING])
     if isinstance(error, EngineStopped):
         return _status(WireError(Reason.DRAINING), RETRY_SECONDS[Reason.DRAINING])
     request_id = secrets.token_hex(8)

@@ -83,12 +83,16 @@ class TorchEngine:
         """End the thread; whoever still waits for an answer gets EngineStopped."""
         if self._stopped:
             return
-        self._stopped = True
-        with contextlib.suppress(EngineStopped):
-            self._worker.send(Stop())
+        self.ask_to_stop()
         await asyncio.to_thread(self._worker.join)
         if self._grammars is not None:
             self._grammars.close()
+
+    def ask_to_stop(self) -> None:
+        """The thread ends after its present step, if that ever ends."""
+        self._stopped = True
+        with contextlib.suppress(EngineStopped):
+            self._worker.send(Stop())
 
     async def wait_ended(self) -> None:
         """Returns when the engine thread has ended, by `stop` or by dying."""
@@ -121,6 +125,10 @@ class TorchEngine:
         """An engine that has ended has forgotten everything already."""
         with contextlib.suppress(EngineStopped):
             self._worker.send(Abort(request_id))
+
+    def nudge(self) -> None:
+        """Make the thread publish new stats after its present step: one that doesn't is stuck."""
+        self.abort("")
 
     def stats(self) -> EngineStats:
         return self._worker.stats()

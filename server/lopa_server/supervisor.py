@@ -1,0 +1,217 @@
+"""Keeps an engine alive: calls are answered, not hung, when it crashes or gets stuck, and a crashed one is built again.
+
+A thread that is stuck in a step can't be ended from inside its process, and the device that it computes on can't be trusted
+any more. So a stuck engine fails its calls and is given up: the process should end, and whoever started it (systemd, Kubernetes)
+starts it again. A crashed one has left its thread: it is loaded anew in place, a few times within some minutes at most.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lopa_server.engine.base import (
+    Delta,
+    EngineRestarting,
+    EngineSpec,
+    EngineStats,
+    EngineStopped,
+    GenerateRequest,
+    PairRequest,
+    PairResult,
+)
+
+if TYPE_CHECKING:
+    from lopa_server.engine.torch_engine.engine import TorchEngine
+
+log = logging.getLogger(__name__)
+
+RESTARTS = 3
+"""So many within WINDOW_SECONDS; then the engine is given up."""
+WINDOW_SECONDS = 600.0
+LOOKS = 8
+"""The watchdog looks so often within the time that a step may take."""
+
+Report = Callable[[bool], Awaitable[None]]
+"""Told False when the engine stops answering, True when it answers again."""
+
+
+class SupervisedEngine:
+    """The `Engine` protocol over an engine that may be replaced. Used on one asyncio loop."""
+
+    def __init__(self, load: Callable[[], TorchEngine], ready: Callable[[TorchEngine], Awaitable[None]], step_seconds: float) -> None:
+        """
+        Args:
+            load: builds a fresh engine; blocks.
+            ready: returns once a started engine has shown that it works, raises when it doesn't.
+            step_seconds: a step that takes longer is stuck.
+        """
+        self._load, self._ready, self._step_seconds = load, ready, step_seconds
+        self._report: Report | None = None
+        self._engine: TorchEngine | None = None
+        self._spec: EngineSpec | None = None
+        self._stats = EngineStats()
+        self._bounds: set[asyncio.Timeout] = set()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._restarts: list[float] = []
+        self._closing = False
+        self.stuck = False
+        """A step never came back: its thread still is in this process."""
+        self.gave_up = asyncio.Event()
+        """Set when nothing can be answered any more: the process should end."""
+
+    async def start(self, report: Report) -> None:
+        """Load and start, then watch. Raises what `load` and `ready` raise."""
+        self._engine = await asyncio.to_thread(self._load)
+        self._engine.start()
+        self._spec = self._engine.spec
+        self._begin(self._watch_thread(self._engine))
+        await self._ready(self._engine)
+        self._report = report
+        self._begin(self._watch_steps())
+
+    async def stop(self) -> None:
+        """End the engine; whoever still waits gets EngineStopped. A stuck thread is left behind."""
+        self._closing = True
+        engine, self._engine = self._engine, None
+        if engine is not None and not self.stuck:
+            await engine.stop()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    @property
+    def spec(self) -> EngineSpec:
+        if self._spec is None:
+            raise EngineStopped("the engine has not been started")
+        return self._spec
+
+    @property
+    def tokenizer(self) -> object:
+        """The FM's Hugging Face tokenizer."""
+        return self._running().tokenizer
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+        async with contextlib.aclosing(self._running().generate(request)) as deltas:
+            while True:
+                async with self._answered():
+                    delta = await anext(deltas, None)
+                if delta is None:
+                    return
+                yield delta
+
+    async def score(self, pairs: Sequence[PairRequest]) -> list[PairResult]:
+        async with self._answered():
+            return await self._running().score(pairs)
+
+    async def prompt_gradients(self, pairs: Sequence[PairRequest]) -> list[PairResult]:
+        async with self._answered():
+            return await self._running().prompt_gradients(pairs)
+
+    def abort(self, request_id: str) -> None:
+        if self._engine is not None:
+            self._engine.abort(request_id)
+
+    def stats(self) -> EngineStats:
+        """Of the engine at hand: counters start anew with it."""
+        if self._engine is not None:
+            self._stats = self._engine.stats()
+        return self._stats
+
+    def _running(self) -> TorchEngine:
+        if self._engine is None:
+            raise EngineStopped("the engine was stopped") if self._closing else EngineRestarting("the engine is being restarted")
+        return self._engine
+
+    @contextlib.asynccontextmanager
+    async def _answered(self) -> AsyncIterator[None]:
+        """Around a wait for the engine: ends it when the engine has failed."""
+        bound = asyncio.timeout(None)
+        try:
+            async with bound:
+                self._bounds.add(bound)
+                try:
+                    yield
+                finally:
+                    self._bounds.discard(bound)
+        except TimeoutError as error:
+            if not bound.expired():
+                raise
+            raise EngineRestarting("the engine is stuck") from error
+        except EngineStopped as error:
+            if self._closing:
+                raise
+            raise EngineRestarting("the engine has died") from error
+
+    def _begin(self, watch: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(watch)
+        task.add_done_callback(self._watch_ended)
+        self._tasks.append(task)
+
+    def _watch_ended(self, task: asyncio.Task[None]) -> None:
+        """A watch that fails leaves nobody watching: better to end."""
+        if not task.cancelled() and task.exception() is not None:
+            log.critical("the engine is not watched any more", exc_info=task.exception())
+            self.gave_up.set()
+
+    async def _watch_thread(self, engine: TorchEngine) -> None:
+        """Build a new engine when this one's thread ends by itself."""
+        await engine.wait_ended()
+        if self._closing or self.stuck or self._report is None:
+            return
+        log.critical("the engine has died")
+        self._engine = None
+        del engine
+        await self._report(False)
+        fresh = await self._restart()
+        if fresh is None or self._closing:
+            return
+        self._engine = fresh
+        self._begin(self._watch_thread(fresh))
+        log.warning("the engine is running again")
+        await self._report(True)
+
+    async def _restart(self) -> TorchEngine | None:
+        """A fresh engine that works, or None: there were too many restarts lately."""
+        while not self._closing:
+            now = time.monotonic()
+            self._restarts = [*(at for at in self._restarts if now - at < WINDOW_SECONDS), now]
+            if len(self._restarts) > RESTARTS:
+                log.critical("the engine has died more than %d times within %.0f s: giving up", RESTARTS, WINDOW_SECONDS)
+                self.gave_up.set()
+                return None
+            try:
+                engine = await asyncio.to_thread(self._load)
+                engine.start()
+                await self._ready(engine)
+            except Exception:
+                log.critical("the engine can't be restarted", exc_info=True)
+            else:
+                return engine
+        return None
+
+    async def _watch_steps(self) -> None:
+        """Fail everybody's calls when a step doesn't come back."""
+        seen, since = self.stats(), time.monotonic()
+        while not self.stuck:
+            await asyncio.sleep(self._step_seconds / LOOKS)
+            now = time.monotonic()
+            if self._engine is None or self.stats() is not seen:
+                seen, since = self.stats(), now
+            if self._engine is not None:
+                self._engine.nudge()
+            if now - since > self._step_seconds:
+                self.stuck = True
+        log.critical("a step has taken more than %.0f s: the engine is stuck, and given up", self._step_seconds)
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.ask_to_stop()
+        for bound in list(self._bounds):
+            bound.reschedule(0.0)
+        if self._report is not None:
+            await self._report(False)
+        self.gave_up.set()
