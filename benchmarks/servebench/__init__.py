@@ -1,0 +1,1 @@
+"""Parts of benchmarks/serving.py: our server's process, the measurements, the picture."""

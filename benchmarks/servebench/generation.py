@@ -1,0 +1,100 @@
+"""Measurements of generation over gRPC: against peers, by load, by number of users, behind a shared prefix."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Iterable, Mapping
+from statistics import fmean, median
+from typing import Any
+
+from lopa.bench.run import LoadResult, run_load
+from lopa.bench.summary import summarize
+from lopa.bench.workload import Workload
+
+from servebench.server import Server
+
+ROWS, OWN, NEW = 10, 54, 64
+"""A personal request: 10 soft rows, 54 tokens, 64 new ones. A plain one has 64 tokens: the same number of positions."""
+PERSONAL = Workload(concurrency=32, requests=32, users=32, rows=ROWS, prompt_tokens=(OWN, OWN), new_tokens=(NEW, NEW))
+PLAIN = dataclasses.replace(PERSONAL, users=0, prompt_tokens=(ROWS + OWN, ROWS + OWN))
+
+
+class LoadFailed(RuntimeError):
+    """Requests of a measurement failed: its figure would mean nothing."""
+
+
+def run(server: Server, workload: Workload) -> LoadResult:
+    """Raises LoadFailed unless every request was answered."""
+    result = asyncio.run(run_load(server.endpoint, workload))
+    errors = summarize(result).errors
+    if errors:
+        raise LoadFailed(f"{errors} in {workload}")
+    return result
+
+
+def row(name: str, result: LoadResult, **more: Any) -> dict[str, Any]:
+    return {"name": name, **more, **dataclasses.asdict(summarize(result))}
+
+
+def closed_loops(server: Server, rounds: int) -> list[dict[str, Any]]:
+    """1, 8, 32 and 64 requests under way, two generations of each."""
+    rows = []
+    for concurrency in (1, 8, 32, 64):
+        count = max(2 * concurrency if rounds > 2 else concurrency, 3)
+        workload = dataclasses.replace(PERSONAL, concurrency=concurrency, requests=count, users=count, seed=100)
+        rows.append(row(f"closed loop, {concurrency}", run(server, workload)))
+    return rows
+
+
+def open_loops(server: Server, capacity: float, seconds: float) -> list[dict[str, Any]]:
+    """Poisson arrivals at 70 % of the capacity (tokens/s), then S-LoRA's synthetic trace at 50 %: lengths 8 to 512, skewed users."""
+    poisson = dataclasses.replace(PERSONAL, concurrency=None, rate=0.7 * capacity / NEW, requests=None, duration=seconds, users=1000)
+    lengths = (8, 512)
+    trace = dataclasses.replace(
+        poisson, rate=0.5 * capacity / fmean(lengths), prompt_tokens=lengths, new_tokens=lengths, skew=1.0, seed=7, duration=2 * seconds
+    )
+    return [
+        row("open loop, Poisson at 70 %", run(server, poisson), rate=poisson.rate),
+        row("S-LoRA's trace at 50 %", run(server, trace), rate=trace.rate),
+    ]
+
+
+def by_users(server: Server, rounds: int, counts: Iterable[int] = (1, 10, 100, 1_000, 10_000)) -> list[dict[str, Any]]:
+    """Throughput when requests come from so many users, and from the plain model (0 users), in turn. Every prompt is new."""
+    counts = (0, *counts)
+    speeds: dict[int, list[float]] = {count: [] for count in counts}
+    for number in range(rounds):
+        order = counts if number % 2 == 0 else counts[::-1]
+        for count in order:
+            base = PERSONAL if count else PLAIN
+            # A skew of almost nothing: users are drawn, all alike, instead of taking turns, so that every part of many is met.
+            workload = dataclasses.replace(base, users=count, requests=64, skew=0.0 if count < 64 else 1e-9, seed=1000 + number)
+            speeds[count].append(summarize(run(server, workload)).tokens_per_second)
+    return [
+        {"name": f"{count} users" if count else "plain model", "tokens_per_second": median(speeds[count]), "rounds": speeds[count]}
+        for count in counts
+    ]
+
+
+def everybody_once(server: Server, users: int) -> Mapping[str, float]:
+    """Serve so many distinct users once, one token each, and see what the server's memory does after the first tenth."""
+    workload = dataclasses.replace(PERSONAL, users=users // 10, requests=users // 10, prompt_tokens=(4, 4), new_tokens=(1, 1))
+    run(server, workload)
+    before = server.resident_bytes()
+    run(server, dataclasses.replace(workload, users=users, requests=users, seed=1))
+    return {"resident_before": before, "resident_after": server.resident_bytes(), "users": users}
+
+
+def shared_prefix(server: Server, rounds: int, prefix: int = 512) -> dict[str, Any]:
+    """Time to prefill 32 requests behind a shared prefix that is cached, over the time for their own positions alone."""
+    alone = dataclasses.replace(PERSONAL, requests=64, users=10**6, new_tokens=(1, 1))
+    behind = dataclasses.replace(alone, prefix_tokens=prefix)
+    run(server, dataclasses.replace(behind, requests=1, concurrency=1))
+    times: dict[str, list[float]] = {"alone": [], "behind": []}
+    for number in range(2 * rounds):
+        for name, workload in (("alone", alone), ("behind", behind)):
+            fresh = dataclasses.replace(workload, first=1 + 64 * number)
+            times[name].append(run(server, fresh).seconds)
+    overhead = median(times["behind"]) / median(times["alone"]) - 1
+    return {"name": f"shared prefix of {prefix}", "overhead": overhead, **times}

@@ -1,0 +1,171 @@
+"""Serving: lopa over gRPC beside transformers, PEFT and vLLM, by load, by number of users, and with gradients.
+
+    bash scripts/make_vllm_venv.sh                       # once; without it vLLM's figures are null
+    python benchmarks/serving.py --json benchmarks/results/serving.json --plot docs/serving.png
+    python benchmarks/serving.py --quick                 # fewer rounds: at most eight minutes
+
+Everybody serves the same Llama of 88 million random weights in bfloat16, greedily, past the end token, in a process of its own with the
+same number of threads; who isn't measured is stopped. docs/serving.md explains every figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from lopa.bench.summary import pure_decode_tokens_per_second, summarize
+from peers.model import make_model
+from peers.process import ROOT, PeerFailed, PeerProcess, ended
+from peers.worker import Job
+from report import machine, write
+from servebench import generation, gradients
+from servebench.cache import kv_waste
+from servebench.server import Server, running_server
+
+PEERS = ("gemm_floor", "hf_generate", "peft_lora", "vllm_embeds", "vllm_lora")
+REQUESTS = 32
+FIGURES = (
+    "ours_tokens_per_second",
+    "ours_over_vllm_embeds",
+    "ours_over_vllm_lora",
+    "ours_over_peft_lora",
+    "ours_over_hf_generate",
+    "decode_share_of_gemm_floor",
+    "users_10000_over_1",
+    "personal_over_plain",
+    "shared_prefix_overhead",
+    "gradient_batch_gain",
+    "stream_p99_under_gradients",
+    "kv_waste",
+    "server_bytes_per_idle_user",
+)
+
+
+@dataclass
+class Report:
+    """What has been measured so far."""
+
+    figures: dict[str, float | None] = field(default_factory=lambda: dict.fromkeys(FIGURES))
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+
+    def say(self, text: str) -> None:
+        print(f"[{time.perf_counter() - self.started:5.0f} s] {text}", flush=True)
+
+    def set(self, name: str, value: float | None) -> None:
+        self.figures[name] = value
+        self.say(f"{name} = {'null' if value is None else f'{value:.3f}'}")
+
+
+def start_peers(names: Sequence[str], job: Job, folder: Path, vllm: Path, report: Report) -> dict[str, PeerProcess]:
+    """Those that are installed and can be built here."""
+    peers = {}
+    for name in names:
+        ours = not name.startswith("vllm")
+        python = Path(sys.executable) if ours else vllm / "bin" / "python"
+        if not python.exists():
+            report.rows.append({"name": name, "missing": f"no virtual environment at {vllm}: scripts/make_vllm_venv.sh makes it"})
+            continue
+        try:
+            environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+            peers[name] = PeerProcess.start(name, python, job, folder / f"{name}.log", environment)
+            report.say(f"{name} is ready")
+        except PeerFailed as error:
+            report.rows.append({"name": name, "missing": str(error)[-500:]})
+            report.say(f"{name} can't be measured: {error}")
+    return peers
+
+
+def side_by_side(server: Server, peers: Mapping[str, PeerProcess], rounds: int, report: Report) -> dict[str, float]:
+    """Rounds in turn after one to warm up; median tokens per second of each system. Sets all figures that compare."""
+    speeds: dict[str, list[float]] = {name: [] for name in ("ours", *peers)}
+    decoding: list[float] = []
+    for number in range(rounds + 1):
+        new = generation.NEW if number else 8
+        for name, peer in peers.items():
+            outcome = peer.round(number, new)
+            speeds[name].append(outcome.tokens / outcome.seconds)
+        with server.turn():
+            workload = dataclasses.replace(generation.PERSONAL, new_tokens=(new, new), seed=number)
+            result = generation.run(server, workload)
+        speeds["ours"].append(summarize(result).tokens_per_second)
+        decoding.append(pure_decode_tokens_per_second(result) or 0.0)
+        report.say(f"round {number}: " + ", ".join(f"{name} {values[-1]:.0f}" for name, values in speeds.items()))
+    medians = {name: median(values[1:]) for name, values in speeds.items()}
+    report.rows += [{"name": name, "tokens_per_second": medians[name], "rounds": values[1:]} for name, values in speeds.items()]
+    report.set("ours_tokens_per_second", medians["ours"])
+    for name in PEERS[1:]:
+        report.set(f"ours_over_{name}", medians["ours"] / medians[name] if name in medians else None)
+    report.set("decode_share_of_gemm_floor", median(decoding[1:]) / medians["gemm_floor"] if "gemm_floor" in medians else None)
+    return medians
+
+
+def ours_alone(server: Server, capacity: float, rounds: int, quick: bool, report: Report) -> list[dict[str, Any]]:
+    """Everything that needs no peer; returns the rows by number of users."""
+    memory = generation.everybody_once(server, 10_000)
+    report.rows.append({"name": "10,000 users served once", **memory})
+    report.set("server_bytes_per_idle_user", (memory["resident_after"] - memory["resident_before"]) / memory["users"])
+    users = generation.by_users(server, rounds, (1, 10_000) if quick else (1, 10, 100, 1_000, 10_000))
+    speed = {entry["name"]: entry["tokens_per_second"] for entry in users}
+    report.rows += users
+    report.set("users_10000_over_1", speed["10000 users"] / speed["1 users"])
+    report.set("personal_over_plain", speed["10000 users"] / speed["plain model"])
+    report.rows += generation.closed_loops(server, rounds)
+    report.rows += generation.open_loops(server, capacity, 15 if quick else 60)
+    prefix = generation.shared_prefix(server, rounds)
+    report.rows.append(prefix)
+    report.set("shared_prefix_overhead", prefix["overhead"])
+    gain = gradients.batch_gain(server, rounds)
+    report.rows.append(gain)
+    report.set("gradient_batch_gain", gain["gain"])
+    ratio, streams = gradients.streams_under_gradients(server)
+    report.rows += streams
+    report.set("stream_p99_under_gradients", ratio)
+    report.set("kv_waste", kv_waste(server, report.rows.append))
+    return users
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write machine, figures and rows here")
+    parser.add_argument("--plot", type=Path, help="write a picture here")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and users: at most eight minutes")
+    parser.add_argument("--rounds", type=int, help="default: 5, with --quick 2")
+    parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help="default: all that are installed")
+    parser.add_argument("--only-peers", action="store_true", help="leave out what needs no peer")
+    parser.add_argument("--vllm", type=Path, default=ROOT / ".venv-vllm", help="vLLM's virtual environment")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of every system")
+    args = parser.parse_args()
+    rounds = args.rounds or (2 if args.quick else 5)
+    report, users = Report(), []
+    with tempfile.TemporaryDirectory(prefix="lopa-serving-") as name:
+        folder = Path(name)
+        fm = make_model(folder / "fm")
+        job = Job(fm, REQUESTS, generation.ROWS + generation.OWN, args.threads)
+        peers = start_peers(args.peers, job, folder, args.vllm, report)
+        with ended(peers), running_server(fm, folder, 64, args.threads) as server:
+            report.say("lopa serve is ready")
+            systems = side_by_side(server, peers, rounds, report)
+            if not args.only_peers:
+                with server.turn():
+                    users = ours_alone(server, systems["ours"], rounds, args.quick, report)
+    for figure, value in report.figures.items():
+        print(f"{figure:32s} {'null' if value is None else f'{value:10.3f}'}")
+    write(args.json, report.figures, report.rows)
+    if args.plot is not None:
+        from servebench.plot import draw
+
+        draw(args.plot, systems, users, machine())
+
+
+if __name__ == "__main__":
+    main()
