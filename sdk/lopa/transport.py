@@ -25,6 +25,7 @@ from lopa.errors import (
     Unauthenticated,
     Unavailable,
 )
+from lopa.tracing import trace_headers
 from lopa.wire.errors import DOMAIN, Reason
 
 STATUS: Mapping[grpc.StatusCode, type[RemoteError]] = {
@@ -223,9 +224,10 @@ class Endpoint:
         Raises:
             InvalidRequest: a token that is not printable ASCII.
         """
+        traced = trace_headers()
         if self.token is None:
-            return []
+            return traced
         token = self.token if isinstance(self.token, str) else self.token()
         if not token or not token.isascii() or not token.isprintable():
             raise InvalidRequest("token: it must be printable ASCII and not empty", field="token", limit="printable ASCII")
-        return [("authorization", f"Bearer {token}")]
+        return [("authorization", f"Bearer {token}"), *traced]

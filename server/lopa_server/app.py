@@ -32,6 +32,7 @@ from lopa_server.limits import TrafficLimits
 from lopa_server.metering.limits import LimitsFileError
 from lopa_server.metering.meter import Meter
 from lopa_server.metering.usage import UsageError, UsageRecorder, UsageStore
+from lopa_server.observability.setup import Observability
 from lopa_server.service.catalog import CatalogHandler, PublishedBundle, model_revision
 from lopa_server.service.decoding import TolerantDecoding
 from lopa_server.service.gate import Gate, State
@@ -61,10 +62,13 @@ class ServerApp:
         """host:port, once started."""
         self.health_address = ""
         """The same of the port for probes, when there is one."""
+        self.metrics_address = ""
+        """The same of the metrics page, when there is one."""
         self.engine: SupervisedEngine | None = None
         """The running engine, once started."""
         self._gate: Gate | None = None
         self._meter: Meter | None = None
+        self._observability: Observability | None = None
         self._health = health.aio.HealthServicer()
         self._handlers = Handlers()
         self._server: grpc.aio.Server | None = None
@@ -111,10 +115,12 @@ class ServerApp:
         await self._close()
 
     async def _bind(self) -> None:
+        self._observability = Observability(self._config, lambda: self.engine)
+        self.metrics_address = self._observability.metrics_address
         meter = await self._start_meter()
         self._gate = Gate(self._config.limits.max_message_bytes, meter, self._config.traffic)
         server = grpc.aio.server(
-            interceptors=[*await self._doors(), TolerantDecoding(NAMES)],
+            interceptors=[*self._observability.interceptors, *await self._doors(), TolerantDecoding(NAMES)],
             options=_channel_options(self._config.limits.max_message_bytes, self._config.traffic),
             maximum_concurrent_rpcs=self._config.call_bound,
         )
@@ -229,6 +235,9 @@ class ServerApp:
             self._health_server = None
         if hasattr(self._handlers, "requests"):
             self._handlers.requests.close()
+        if self._observability is not None:
+            await asyncio.to_thread(self._observability.close)
+            self._observability = None
         if self._meter is not None:
             await self._meter.close()
             self._meter = None

@@ -66,6 +66,9 @@ def serve(
     max_call_seconds: Annotated[float, typer.Option(help="Age of a stream at most.")] = DEFAULTS.traffic.stream_seconds,
     max_connections: Annotated[int, typer.Option(help="Connections at the same time.")] = DEFAULTS.traffic.connections,
     health_port: Annotated[int | None, typer.Option(help="One more port that answers only health checks, in plain text.")] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="Show Prometheus metrics at http://METRICS_HOST:PORT/metrics.")] = None,
+    metrics_host: Annotated[str, typer.Option(help="Address of the metrics page.")] = DEFAULTS.metrics_host,
+    traces: Annotated[bool, typer.Option(help="Send OpenTelemetry spans to OTEL_EXPORTER_OTLP_ENDPOINT.")] = False,
     insecure_listen: Annotated[
         bool, typer.Option(help="Listen beyond this machine although something of encryption and identity is off.")
     ] = False,
@@ -98,6 +101,9 @@ def serve(
         usage=usage,
         traffic=TrafficLimits(stream_seconds=max_call_seconds, connections=max_connections),
         health_port=health_port,
+        metrics_port=metrics_port,
+        metrics_host=metrics_host,
+        traces=traces,
         dtype=dtype,
         device=device,
         threads=threads,
@@ -139,7 +145,7 @@ async def _serve(config: ServerConfig) -> None:
         await asyncio.wait({starting})
         return
     await starting
-    typer.echo(f"Serving {app.name} on {app.address}")
+    typer.echo(f"Serving {app.name} on {app.address}" + (f", metrics on {app.metrics_address}" if app.metrics_address else ""))
     broken = asyncio.create_task(app.gave_up())
     await asyncio.wait({stopping, broken}, return_when=asyncio.FIRST_COMPLETED)
     typer.echo("Draining: new calls are refused, running ones may finish.", err=True)

@@ -83,6 +83,12 @@ class ServerConfig:
     """One more port, plain text, that answers liveness probes and nothing else; 0: any free one. For probes that speak no TLS."""
     step_seconds: float = 300.0
     """A step of the engine that takes longer is stuck: its calls are answered, and the process ends to be started again."""
+    metrics_port: int | None = None
+    """Port of the Prometheus metrics page; 0: any free one. None: no metrics."""
+    metrics_host: str = "127.0.0.1"
+    """Address of that page: whoever reaches it sees totals, never who asked or what."""
+    traces: bool = False
+    """OpenTelemetry spans by OTLP; the standard OTEL_ variables say where to."""
     drain_seconds: float = 30.0
     """How long running calls may take to finish after SIGTERM."""
     ready_file: Path | None = None
@@ -100,7 +106,7 @@ class ServerConfig:
             raise ConfigError("\n".join(problems))
 
     def _ranges(self) -> Iterator[str]:
-        for name in ("port", "health_port"):
+        for name in ("port", "health_port", "metrics_port"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 65535:
                 yield f"{name} is {value}; it must be from 0 to 65535"
