@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 TORCH := $(shell grep -i '^torch==' constraints.txt)
 
-.PHONY: help demo test check proto bench clean
+.PHONY: help demo test check proto bench docs clean
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
@@ -39,6 +39,9 @@ check: $(VENV)/.dev  ## format, lint, types, generated code
 
 proto: $(VENV)/.dev  ## regenerate sdk/lopa/v1 from proto/
 	$(BIN)/python scripts/generate_proto.py
+
+docs: $(VENV)/.dev  ## the API reference, in docs/api
+	$(BIN)/python scripts/build_api_reference.py
 
 bench: $(VENV)/.dev  ## list the benchmarks
 	@$(BIN)/python benchmarks/list.py

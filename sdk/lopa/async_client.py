@@ -45,7 +45,16 @@ if TYPE_CHECKING:
 async def connect_async(
     address: str, *, tls: Security = False, token: Token | None = None, config: ClientConfig | None = None
 ) -> AsyncIterator[AsyncClient]:
-    """As `connect`, for an event loop: `async with lopa.connect_async(address) as client:`."""
+    """As `connect`, for an event loop.
+
+    >>> import asyncio
+    >>> async def main():
+    ...     async with lopa.connect_async(address) as client:
+    ...         prompts = ["import os", "class Point:", "def add("]
+    ...         return await asyncio.gather(*(client.generate(prompt, max_tokens=3) for prompt in prompts))
+    >>> len(asyncio.run(main()))
+    3
+    """
     client = AsyncClient(address, tls=tls, token=token, config=config)
     try:
         await client.refresh()

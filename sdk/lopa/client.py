@@ -54,6 +54,10 @@ def connect(address: str, *, tls: Security = False, token: Token | None = None, 
     tls: see `Security`. token: an API key or JWT, or a function that gives the current one; sent as `authorization: Bearer`,
     over TLS only, except on this machine.
 
+    >>> with lopa.connect(address) as client:
+    ...     print(client.model.hidden_size)
+    32
+
     Raises:
         Unavailable: nobody answers there.
         RemoteError: the server refused. InvalidRequest: a token without TLS, or certificates that don't fit.
@@ -149,6 +153,9 @@ class Client(Connection):
 
         soft_prompt: (m, d) rows to put before the prompt; None asks the plain FM. prefix: shared text before the prompt.
 
+        >>> client.generate("def add(a, b):", max_tokens=4, seed=1).usage.completion_tokens
+        4
+
         Raises:
             InvalidRequest: a value that the server refuses; names field and limit.
             RemoteError: the call failed. ProtocolError: the receipt does not fit the soft prompt.
@@ -171,6 +178,11 @@ class Client(Connection):
         """As `generate`, delta by delta: iterate over it, then read `.generation`. Leaving its `with` block early stops the server's work.
 
         A lost connection is retried before the first delta only: after that you decide.
+
+        >>> with client.stream("def add(a, b):", max_tokens=4) as stream:
+        ...     text = "".join(delta.text for delta in stream)
+        >>> text == stream.generation.text
+        True
         """
         wire = WireOptions(dtype=dtype, placement=placement, timeout=timeout)
         flow = self._session.open_generation(prompt, Sampling(**sampling), prefix=prefix, soft_prompt=soft_prompt, wire=wire)
@@ -182,6 +194,10 @@ class Client(Connection):
         """Negative log-likelihood of each pair's target, in as many requests as the server's limits ask for.
 
         timeout: seconds for each of these requests.
+
+        >>> [score] = client.score([lopa.Pair("def add(a, b):", " return a + b")])
+        >>> score.nll == score.nll_sum / score.target_tokens
+        True
 
         Raises:
             InvalidRequest: names field and limit. RemoteError: the call failed. ProtocolError: a reply that breaks the contract.
@@ -236,6 +252,10 @@ class Client(Connection):
         server's FM, even when the server publishes a newer one. bundle: use this one. progress: see `bundle`.
         secret: a passphrase, or a key of 32 bytes: a new persona is encrypted with it, an encrypted one is opened.
         mismatch: "plain" opens a persona of another FM or bundle too; the plain FM answers until `Persona.migrate`.
+
+        >>> mail = client.personal("my-app/user", persona="mail", secret="correct horse battery staple")
+        >>> mail.version, mail.placement
+        (1, 'front')
 
         Raises:
             FingerprintMismatch: the persona belongs to another FM or another bundle.

@@ -20,7 +20,14 @@ _ENVELOPE = 512
 
 
 class TuneControl:
-    """The app's hand on a running `tune`, from any thread or from a callback."""
+    """The app's hand on a running `tune`, from any thread or from a callback.
+
+    >>> control = lopa.TuneControl()
+    >>> me.tune(examples, steps=9, control=control, on_step=lambda now: control.cancel()).steps
+    1
+    >>> me.tune(examples, steps=9).resumed_from
+    1
+    """
 
     def __init__(self) -> None:
         self.stop = Signal()

@@ -116,6 +116,10 @@ class LocalPersona:
     def export(self, path: Path | str) -> None:
         """Write the whole persona to one file, for `import_persona` on another device.
 
+        >>> me.export("me.lopa")
+        >>> lopa.import_persona("me.lopa", "other-device", persona="mine")
+        'mine'
+
         Raises:
             FolderError: it is being tuned, or damaged. StorageError: the file can't be written.
         """
@@ -141,6 +145,12 @@ class LocalPersona:
 
     def rollback(self, version: int) -> Version:
         """Make another version the current one; nothing is lost.
+
+        >>> report = me.tune(examples, steps=12, batch_size=4, learning_rate=0.02)
+        >>> [(version.version, version.origin) for version in me.history()]
+        [(1, 'start'), (2, 'tune')]
+        >>> me.rollback(1).version
+        1
 
         Raises:
             FolderError: no such version, or the persona is being tuned. FactorsError: its file is damaged.

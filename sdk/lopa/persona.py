@@ -52,6 +52,9 @@ class Persona(LocalPersona):
         encoder_text: what the encoder reads instead of the text of prefix and prompt. placement: by default the one that the
         persona was tuned with; after a prefix, the prompt may be empty.
 
+        >>> me.generate("def add(a, b):", max_tokens=4).receipt.rows
+        4
+
         Raises:
             Unavailable: offline. Others: as `Client.generate` and `soft_prompts`.
         """
@@ -117,6 +120,10 @@ class Persona(LocalPersona):
         Every completed step is on disk. Interrupted at any moment, a call with the same examples and settings goes on where
         it stopped and ends with the same factors, bit for bit, as if it had never stopped.
 
+        >>> report = me.tune([("2 + 2 = ", "4"), ("3 + 5 = ", "8"), ("1 + 6 = ", "7")], steps=4, max_steps=3)
+        >>> report.outcome, report.resumable, me.unfinished
+        ('max_steps', True, True)
+
         Raises:
             TuningError: too few examples, or a setting out of range. Unavailable: no server for `patience` seconds; call again.
             FolderError: another process tunes this persona. Cancelled: before anything was measured. Others: as the server says.
@@ -136,6 +143,10 @@ class Persona(LocalPersona):
 
         Until it has finished the plain model answers; interrupted, it goes on with the next call. The record of before stays in the
         folder. progress: see `Client.bundle`.
+
+        >>> me.migrate()
+        Traceback (most recent call last):
+        lopa.errors.FolderError: persona default kept no examples to learn from again: ...
 
         Raises:
             FolderError: no examples were kept (`tune(..., keep_examples=True)`). Others: as `tune` and `Client.bundle`.

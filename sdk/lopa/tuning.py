@@ -162,7 +162,14 @@ class TuneProgress:
 
 @dataclass(frozen=True)
 class TuneReport:
-    """What a run did. NLL is in nats per target token on the validation examples."""
+    """What a run did. NLL is in nats per target token on the validation examples.
+
+    >>> report = me.tune(examples, steps=2)
+    >>> report.save("report.json"), report.plot("curves.png")
+    (None, None)
+    >>> report.end_nll <= report.start_nll
+    True
+    """
 
     kept: bool
     """Whether the persona has new factors now. False: nothing changed, because nothing better was found."""

@@ -1,0 +1,55 @@
+"""What the plain package costs a device: its size on disk, the time of its import, its memory while generating."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parents[1]
+DEVICE = """
+import resource, sys, lopa
+from pathlib import Path
+address, folder, cache = sys.argv[1:]
+with lopa.connect(address, config=lopa.ClientConfig(cache=Path(cache))) as client:
+    persona = client.personal(folder)
+    for number in range(20):
+        assert persona.generate(f"def f_{number}(a, b):\\n" * 16, max_tokens=8, ignore_end=True).receipt.rows > 0
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def install(folder: Path) -> Path:
+    """`pip install lopa` with the repository's pins into a fresh environment at `folder`. Its Python."""
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    python = folder / "bin" / "python"
+    pip = [str(python), "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt"), str(ROOT)]
+    subprocess.run(pip, check=True, cwd=folder)
+    return python
+
+
+def site_packages_mb(python: Path) -> float:
+    """Everything under site-packages except pip itself, in 10^6 bytes on disk."""
+    (site,) = python.parents[1].glob("lib/python*/site-packages")
+    files = (path for path in site.rglob("*") if path.is_file() and not path.relative_to(site).parts[0].startswith(("pip", "setuptools")))
+    return sum(path.stat().st_size for path in files) / 1e6
+
+
+def import_seconds(python: Path, statement: str) -> float:
+    """Median wall time that a statement adds to starting Python."""
+
+    def run(code: str) -> float:
+        code = f"import time; began = time.perf_counter()\n{code}\nprint(time.perf_counter() - began)"
+        return float(subprocess.run([str(python), "-c", code], check=True, capture_output=True, text=True, cwd="/").stdout)
+
+    run(statement)  # writes the bytecode
+    return median(run(statement) for _ in range(7))
+
+
+def resident_mb(python: Path, address: str, folder: Path) -> float:
+    """Peak resident memory of a device process that opens a new persona and generates, in MiB."""
+    command = [str(python), "-c", DEVICE, address, str(folder / "me"), str(folder / "cache")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return float(subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder, env=environment).stdout)
