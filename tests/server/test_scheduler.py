@@ -230,11 +230,15 @@ def test_a_pair_without_room_for_its_prefix_is_computed_whole() -> None:
     assert [row.prefix for row in _pair_step(scheduler).rows] == [20, 20]
 
 
-def test_prefixes_to_compute_count_against_the_budget() -> None:
-    scheduler = Scheduler(SchedulerLimits(pair_positions=100))
-    scheduler.add_pairs("a", GRADIENTS, [_prefixed(tuple(range(start, start + 40)), 10) for start in range(0, 160, 40)])
-    steps = [_pair_step(scheduler) for _ in range(2)]
-    assert [len(step.rows) for step in steps] == [1, 1]
+def test_prefixes_to_compute_count_against_the_budget_and_cached_ones_do_not() -> None:
+    scheduler = Scheduler(SchedulerLimits(pair_positions=160))
+    costs = [_prefixed(tuple(range(start, start + 40)), 10) for start in range(0, 400, 40)]
+    for sizes in ([3, 3, 3, 1], [10]):
+        scheduler.add_pairs("a", GRADIENTS, costs)
+        for size in sizes:
+            step = _pair_step(scheduler)
+            assert len(step.rows) == size
+            scheduler.end_pairs(step)
 
 
 class _Load:

@@ -142,24 +142,24 @@ class PairQueue:
     def _with_prefixes(self, pairs: Sequence[tuple[str, int]], blocks: BlockManager) -> list[PairRow]:
         """Blocks for the prefixes, as far as the pool and the budget of positions go; at least one pair."""
         rows: list[PairRow] = []
-        left = self._positions - sum(self._jobs[name].costs[index].rest for name, index in pairs)
+        left = self._positions
         for name, index in pairs:
             cost = self._jobs[name].costs[index]
-            if cost.content is None or not cost.prefix:
-                rows.append(PairRow(name, index))
-                continue
-            row = _with_prefix(name, index, cost, cost.content, blocks, left if rows else None)
-            if row is None and rows:
-                break
-            if row is None:
+            left -= cost.rest
+            row: PairRow | None = PairRow(name, index)
+            if cost.content is not None:
+                row = _with_prefix(row, cost, cost.content, blocks, left if rows else None)
+            if row is None and not rows:
                 self.whole += 1
                 return [PairRow(name, index)]
+            if row is None:
+                break
             left -= row.prefix - row.cached
             rows.append(row)
         return rows
 
 
-def _with_prefix(name: str, index: int, cost: PairCost, content: Content, blocks: BlockManager, left: int | None) -> PairRow | None:
+def _with_prefix(row: PairRow, cost: PairCost, content: Content, blocks: BlockManager, left: int | None) -> PairRow | None:
     """Hold blocks for a prefix; None when the pool has no room, or more than `left` positions would have to be computed."""
     size = blocks.block_size
     keys = content.keys_to(cost.prefix)
@@ -172,7 +172,7 @@ def _with_prefix(name: str, index: int, cost: PairCost, content: Content, blocks
     table = [*found, *blocks.take(needed)]
     for block, key in zip(table[len(found) :], keys[len(found) :], strict=True):
         blocks.publish(block, key)
-    return PairRow(name, index, tuple(table), cost.prefix, cached)
+    return PairRow(row.job, row.index, tuple(table), cost.prefix, cached)
 
 
 def similar_lengths(lengths: Iterable[tuple[Name, int]], anchor: Name, budget: int, similar: float) -> list[Name]:
