@@ -96,6 +96,17 @@ def test_every_family_mixes_exactly(family: str, tmp_path: Path) -> None:
     run(load(fm, step_positions=24), scenario)
 
 
+def test_positions_that_change_with_the_longest_in_the_batch_are_not_served() -> None:
+    from lopa_server.engine.torch_engine.loader import _context_length
+    from transformers import Phi3Config
+
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512}
+    config = Phi3Config(rope_parameters={**rope, "original_max_position_embeddings": 64}, **sizes)
+    assert _context_length(config) == 64
+    assert _context_length(Phi3Config(**sizes)) == 512
+
+
 def test_a_seed_means_the_same_in_any_batch(tiny_fm: Path) -> None:
     free = [stream(f"free{index}", index, temperature=1.3, seed=2**64 - 1 - index, logprobs=0) for index in range(6)]
     requests = [*_requests(12, temperature=0.9, top_p=0.9, top_k=40, seed=5), *free]

@@ -146,10 +146,18 @@ def _spec(fm: str, folder: Path, model: Any, tokenizer: Any, dtype: str) -> Engi
 
 
 def _context_length(config: Any) -> int:
+    """Positions that the model was made for.
+
+    Rotary positions of kind longrope change for everybody in a pass once one sequence grows beyond the original length; an
+    answer would then depend on who else is in the batch. Such a model is served up to that length.
+    """
     length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if not length:
         raise UnsupportedModel(f"{config.model_type}: its configuration names no context length")
-    return int(length)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = rope.values() if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]
+    originals = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    return int(min([length, *originals]))
 
 
 def _windows(config: Any) -> tuple[int, ...]:
