@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import signal
 import sys
@@ -17,6 +16,7 @@ from lopa_server.config import ConfigError, ServerConfig
 from lopa_server.engine.base import UnsupportedModel
 from lopa_server.identity.config import AccessConfig
 from lopa_server.limits import ServiceLimits, TrafficLimits
+from lopa_server.logs import log_to_stderr
 from lopa_server.metering.cli import DEFAULT_PLACE
 from lopa_server.models import nano_bundle_folder, nano_folder
 
@@ -44,6 +44,9 @@ def serve(
         float, typer.Option(help="An engine step that takes longer is stuck: the process ends.")
     ] = DEFAULTS.step_seconds,
     drain_seconds: Annotated[float, typer.Option(help="How long running calls may take after SIGTERM.")] = DEFAULTS.drain_seconds,
+    log_level: Annotated[
+        str, typer.Option(help="debug, info, warning or error. At no level does the log hold what clients send.")
+    ] = "info",
     ready_file: Annotated[Path | None, typer.Option(help="File that gets host:port once the server is ready.")] = None,
     tls_certificate: Annotated[
         Path | None, typer.Option(help="Certificate chain, PEM: serve with TLS. Read again when it changes.")
@@ -74,7 +77,7 @@ def serve(
     ] = False,
 ) -> None:
     """Serve one frozen model to everybody. Ends with SIGTERM or Ctrl-C, after running calls have finished."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_to_stderr(log_level.upper())
     if fm is None and bundle is None and nano_bundle_folder().is_dir():
         bundle = nano_bundle_folder()
     if usage is None and (keys is not None or jwks is not None or identify_by_certificate):

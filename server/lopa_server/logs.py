@@ -1,0 +1,43 @@
+"""The server's log: what happened and where, never what anybody wrote.
+
+Exception messages may quote what they choke on (a template its conversation, a parser its text), so traces are written
+without them: types, files and lines say where to look.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from collections.abc import Iterator
+from types import TracebackType
+
+FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class ContentFreeFormatter(logging.Formatter):
+    """Writes the traces of exceptions without their messages."""
+
+    def __init__(self) -> None:
+        super().__init__(FORMAT)
+
+    def formatException(self, ei: tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]) -> str:
+        return "\n".join(_lines(ei[1])) if ei[1] is not None else ""
+
+
+def _lines(error: BaseException) -> Iterator[str]:
+    """A trace, the causes first, as Python orders it."""
+    before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if before is not None:
+        yield from _lines(before)
+        yield "which led to:"
+    yield "Traceback (most recent call last):"
+    yield "".join(traceback.format_tb(error.__traceback__)).rstrip("\n")
+    yield f"{type(error).__module__}.{type(error).__qualname__} (its message may hold what a client sent, and is left out)"
+
+
+def log_to_stderr(level: str) -> None:
+    """Set up this process's log. level: as in `logging`, such as INFO."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(ContentFreeFormatter())
+    logging.basicConfig(level=level, handlers=[handler])
