@@ -191,8 +191,13 @@ class ServerApp:
         bundle = await asyncio.to_thread(_open_bundle, self._config)
         from lopa_server import warmup
 
-        engine = self.engine = SupervisedEngine(lambda: warmup.load_engine(self._config), warmup.warm_up, self._config.step_seconds)
-        await engine.start(self._engine_answers)
+        engine = SupervisedEngine(lambda: warmup.load_engine(self._config), warmup.warm_up, self._config.step_seconds)
+        try:
+            await engine.start(self._engine_answers)
+        except BaseException:
+            await engine.stop()
+            raise
+        self.engine = engine
         published = None
         if bundle is not None:
             _check_bundle(bundle, engine.spec, self._config)

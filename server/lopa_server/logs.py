@@ -21,6 +21,14 @@ class ContentFreeFormatter(logging.Formatter):
     def __init__(self) -> None:
         super().__init__(FORMAT)
 
+    def format(self, record: logging.LogRecord) -> str:
+        """Another handler's formatter may have left its own text of the trace in the record: ours is made anew."""
+        others, record.exc_text = record.exc_text, None
+        try:
+            return super().format(record)
+        finally:
+            record.exc_text = others
+
     def formatException(self, ei: tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]) -> str:
         return "\n".join(_lines(ei[1])) if ei[1] is not None else ""
 
