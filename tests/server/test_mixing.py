@@ -102,7 +102,7 @@ def test_positions_that_change_with_the_longest_in_the_batch_are_not_served() ->
 
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512}
-    config = Phi3Config(rope_parameters={**rope, "original_max_position_embeddings": 64}, **sizes)
+    config = Phi3Config(rope_parameters=rope, original_max_position_embeddings=64, **sizes)
     assert _context_length(config) == 64
     assert _context_length(Phi3Config(**sizes)) == 512
 
