@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 from lopa_server.engine.base import InputSequence, PairRequest, PairResult
+from lopa_server.engine.pair_queue import PairKind
+from lopa_server.engine.torch_engine import checkpointing
 from lopa_server.engine.torch_engine.engine import TorchEngine
 from lopa_server.engine.torch_engine.packed import PackedLinear, can_pack, pack_linears
+from lopa_server.engine.torch_engine.pairs import PlacedPair, run_pairs
 from transformers import AutoModelForCausalLM
 
 from tests.server.engines import collect, load, pair, run, stream
@@ -61,6 +64,30 @@ def test_gradients_are_those_of_torch(family: str, tmp_path: Path) -> None:
         assert result.nll_sum == pytest.approx(nll, rel=1e-5)
         assert result.target_tokens == len(request.target)
         _close(result.gradient, gradient)
+
+
+@pytest.mark.parametrize("family", ("llama", "gemma3", "gpt2", "opt", "gpt_neox", "phi"))
+def test_layers_computed_twice_give_the_same_gradients_and_keep_less(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = load(build_tiny_fm(tmp_path, family=family, layers=6))
+    placed = [PlacedPair(request) for request in _mixed_pairs()]
+    runner = engine._worker._runner
+
+    def measured() -> tuple[list[PairResult], int]:
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            return run_pairs(engine._fm, runner, PairKind.GRADIENTS, placed), sum(kept.values())
+
+    (once, whole), _ = measured(), monkeypatch.setattr(checkpointing, "ACTIVATION_BYTES", 0)
+    twice, part = measured()
+    assert part < whole / 2
+    for one, two in zip(once, twice, strict=True):
+        assert two.nll_sum == one.nll_sum
+        np.testing.assert_array_equal(two.gradient, one.gradient)
 
 
 def test_bfloat16_gradients_point_where_float32_ones_do(tiny_fm: Path) -> None:

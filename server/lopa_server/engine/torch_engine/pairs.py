@@ -8,6 +8,7 @@ Legend: b pairs, t positions behind the prefix, n target tokens over the batch, 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from torch.nn import functional
 from lopa_server.engine.base import PairRequest, PairResult
 from lopa_server.engine.content import Content
 from lopa_server.engine.pair_queue import PairKind
+from lopa_server.engine.torch_engine import checkpointing
 from lopa_server.engine.torch_engine.attention import PairsStep
 from lopa_server.engine.torch_engine.layout import Piece
 from lopa_server.engine.torch_engine.loader import FoundationModel
@@ -59,8 +61,9 @@ def run_pairs(fm: FoundationModel, runner: ModelRunner, kind: PairKind, pairs: S
     with torch.no_grad():
         embeds = _embed(fm, pairs)
     embeds.requires_grad_()
-    losses = _losses(fm, runner, embeds, pairs)
-    (flowing,) = torch.autograd.grad(losses.sum(), embeds)
+    with _bounded(fm, embeds, max(placed.prefix for placed in pairs)):
+        losses = _losses(fm, runner, embeds, pairs)
+        (flowing,) = torch.autograd.grad(losses.sum(), embeds)
     gradient = flowing.float().cpu().numpy()
     results = []
     for row, (total, placed) in enumerate(zip(_sums(losses.detach(), pairs), pairs, strict=True)):
@@ -68,6 +71,15 @@ def run_pairs(fm: FoundationModel, runner: ModelRunner, kind: PairKind, pairs: S
         rows = gradient[row, start : start + placed.pair.input.rows].copy()
         results.append(PairResult(total, len(placed.pair.target), rows))
     return results
+
+
+def _bounded(fm: FoundationModel, embeds: torch.Tensor, prefix: int) -> contextlib.AbstractContextManager[object]:
+    """Checkpointing, if the backward pass would keep too much without it."""
+    rows, width, _ = embeds.shape
+    kept = checkpointing.activation_bytes(fm.model.config, rows=rows, width=width, prefix=prefix, item=embeds.element_size())
+    if kept <= checkpointing.ACTIVATION_BYTES:
+        return contextlib.nullcontext()
+    return checkpointing.layers_computed_twice(fm.model)
 
 
 def _embed(fm: FoundationModel, pairs: Sequence[PlacedPair]) -> torch.Tensor:
