@@ -114,6 +114,10 @@ class Grammars:
         finally:
             self._waiting -= 1
 
+    def begin(self, schema: str) -> Constraint:
+        """A constraint from a schema that is known to compile. Blocks for some milliseconds."""
+        return Constraint(LLMatcher(self._tokenizer, grammar_of(schema), log_level=0, limits=LIMITS), self._words, self._masks)
+
     def close(self) -> None:
         """End the threads; a mask that is being computed is not waited for."""
         self._compiling.shutdown(wait=False, cancel_futures=True)
@@ -128,7 +132,7 @@ class Grammars:
             self._verdicts.popitem(last=False)
         if problem:
             raise UnsupportedSchema(problem)
-        return Constraint(LLMatcher(self._tokenizer, grammar_of(schema), log_level=0, limits=LIMITS), self._words, self._masks)
+        return self.begin(schema)
 
 
 def allowed_tokens(masks: Sequence[NDArray[np.int32]], vocabulary: int) -> torch.Tensor:

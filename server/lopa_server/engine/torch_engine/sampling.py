@@ -17,7 +17,7 @@ import torch
 from lopa_server.engine.base import EngineError, EngineFailed, Logprob, SamplingParams, TokenLogprobs, UnsupportedSchema
 from lopa_server.engine.randomness import start_state, uniform
 from lopa_server.engine.torch_engine.constraints import Constraint, allowed_tokens
-from lopa_server.engine.torch_engine.penalties import TokenTable, has_penalties
+from lopa_server.engine.torch_engine.penalties import Penalized, TokenTable, has_penalties
 from lopa_server.engine.torch_engine.truncation import Truncation, draw
 
 
@@ -52,7 +52,7 @@ class Sampler:
     def __init__(self, vocabulary: int, device: torch.device) -> None:
         self._device = device
         self._vocabulary = vocabulary
-        self._table = TokenTable(vocabulary, device)
+        self._table = TokenTable(device)
         self._requests: dict[str, _Request] = {}
         self._plan: _Plan | None = None
 
@@ -90,8 +90,8 @@ class Sampler:
         if plan.truncation is not None:
             numbers = torch.from_numpy(plan.next_numbers()).to(self._device)
             tokens[plan.drawing] = draw(logits[plan.drawing], plan.truncation, numbers)
-        if plan.penalizing is not None:
-            self._table.record(plan.table_rows, tokens[plan.penalizing])
+        if plan.penalized is not None:
+            self._table.record(plan.penalized.table_rows[:, 0], tokens[plan.penalized.places[:, 0]])
         chosen = torch.where(torch.isfinite(best), tokens, -1).tolist()
         logprobs = {} if reported is None else plan.logprobs(chosen, reported)
         choices = [Choice(token, logprobs.get(row), error=None if token >= 0 else _no_numbers()) for row, token in enumerate(chosen)]
@@ -146,8 +146,8 @@ class _Plan:
         """Bias and penalties, in place."""
         if self._biased is not None:
             logits.index_put_(self._biased, self._bias, accumulate=True)
-        if self.penalizing is not None:
-            logits[self.penalizing] = table.penalized(logits[self.penalizing], self.table_rows, self._penalties)
+        if self.penalized is not None:
+            table.penalize(logits, self.penalized)
 
     def next_numbers(self) -> np.ndarray:
         """A uniform number for each row that draws, float64."""
@@ -189,13 +189,13 @@ class _Plan:
             self._biased, self._bias = (self._indices(rows), self._indices(tokens)), torch.tensor(values, device=self._device)
 
     def _lay_out_penalties(self, requests: Sequence[_Request]) -> None:
-        rows = [row for row, request in enumerate(requests) if request.table_row is not None]
-        self.penalizing: torch.Tensor | None = None
-        if rows:
-            params = [requests[row].params for row in rows]
-            columns = [(one.repetition_penalty, one.presence_penalty, one.frequency_penalty) for one in params]
-            self.penalizing, self._penalties = self._indices(rows), torch.tensor(columns, device=self._device).T
-            self.table_rows = self._indices([requests[row].table_row or 0 for row in rows])
+        entries = [(row, request.table_row, request.params) for row, request in enumerate(requests) if request.table_row is not None]
+        self.penalized: Penalized | None = None
+        if entries:
+            places, table_rows, params = zip(*entries, strict=True)
+            values = [(one.repetition_penalty, one.presence_penalty, one.frequency_penalty) for one in params]
+            columns = torch.tensor(values, device=self._device)[:, :, None].unbind(1)
+            self.penalized = Penalized(self._indices(places)[:, None], self._indices(table_rows)[:, None], *columns)
 
     def _indices(self, values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._device)

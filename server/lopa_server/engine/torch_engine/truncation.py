@@ -15,6 +15,8 @@ from lopa_server.engine.base import SamplingParams
 
 HEAD = 1024
 """How many of the likeliest tokens are looked at first: sorting a whole vocabulary is rarely needed, and slow."""
+PIECE = 512
+"""Tokens whose weights are summed up together."""
 LEAST_TEMPERATURE = 1e-20
 """Below this only the best token is left anyway, and a division could overflow."""
 
@@ -89,7 +91,8 @@ def _edges(weights: torch.Tensor, cut: Cut) -> torch.Tensor:
 
 def _edges_within(weights: torch.Tensor, cut: Cut, looked_at: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The edges as the `looked_at` likeliest tokens tell them, and in which rows these were enough: (c,), (c,) bool."""
-    head = weights.topk(looked_at, dim=1).values
+    whole = looked_at == weights.shape[1]
+    head = weights.sort(dim=1, descending=True).values if whole else weights.topk(looked_at, dim=1).values
     limited = cut.top_k <= looked_at
     kth = head.gather(1, (cut.top_k.clamp(max=looked_at) - 1)[:, None])
     floor = torch.where(limited[:, None], kth, 0.0)
@@ -101,9 +104,21 @@ def _edges_within(weights: torch.Tensor, cut: Cut, looked_at: int) -> tuple[torc
 
 
 def _inverse(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """Index at which each row's sum of weights passes its number times the whole: (k,)."""
-    sums = weights.cumsum(dim=1, dtype=torch.float64)
-    whole = sums[:, -1:].contiguous()
-    index = torch.searchsorted(sums, numbers[:, None] * whole, right=True)
-    last = torch.searchsorted(sums, whole)
-    return torch.minimum(index, last).clamp(max=weights.shape[1] - 1)[:, 0]
+    """Index at which each row's sum of weights passes its number times the whole: (k,).
+
+    First which piece of the vocabulary, then which token in it: only sums of pieces are made of the whole row.
+    """
+    rows, size = weights.shape
+    pieces = torch.nn.functional.pad(weights, (0, -size % PIECE)).unflatten(1, (-1, PIECE))
+    sums = pieces.sum(dim=2, dtype=torch.float64).cumsum(dim=1)
+    wanted = numbers[:, None] * sums[:, -1:]
+    piece = _passing(sums, wanted)
+    before = torch.where(piece > 0, sums.gather(1, (piece - 1).clamp(min=0)), 0.0)
+    inner = pieces[torch.arange(rows, device=weights.device), piece[:, 0]].cumsum(dim=1, dtype=torch.float64)
+    return (piece * PIECE + _passing(inner, wanted - before)).clamp(max=size - 1)[:, 0]
+
+
+def _passing(sums: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """First index whose sum is above the wanted one; at the end of what rounding leaves, the last one that adds anything."""
+    index = torch.searchsorted(sums, wanted, right=True)
+    return torch.minimum(index, torch.searchsorted(sums, sums[:, -1:].contiguous()))
