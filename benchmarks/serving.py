@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -67,17 +68,19 @@ class Report:
 
 
 def start_peers(names: Sequence[str], job: Job, folder: Path, vllm: Path, report: Report) -> dict[str, PeerProcess]:
-    """Those that are installed and can be built here."""
-    peers = {}
+    """Those that are installed and can be built here, built all at the same time."""
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    starting, peers = {}, {}
     for name in names:
-        ours = not name.startswith("vllm")
-        python = Path(sys.executable) if ours else vllm / "bin" / "python"
-        if not python.exists():
-            report.rows.append({"name": name, "missing": f"no virtual environment at {vllm}: scripts/make_vllm_venv.sh makes it"})
-            continue
+        python = vllm / "bin" / "python" if name.startswith("vllm") else Path(sys.executable)
+        if python.exists():
+            starting[name] = PeerProcess.start(name, python, job, folder / f"{name}.log", environment)
+        else:
+            report.rows.append({"name": name, "missing": "no virtual environment for vLLM: scripts/make_vllm_venv.sh makes it"})
+    for name, peer in starting.items():
         try:
-            environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-            peers[name] = PeerProcess.start(name, python, job, folder / f"{name}.log", environment)
+            peer.built()
+            peers[name] = peer
             report.say(f"{name} is ready")
         except PeerFailed as error:
             report.rows.append({"name": name, "missing": str(error)[-500:]})
@@ -111,16 +114,13 @@ def side_by_side(server: Server, peers: Mapping[str, PeerProcess], rounds: int, 
 
 def ours_alone(server: Server, capacity: float, rounds: int, quick: bool, report: Report) -> list[dict[str, Any]]:
     """Everything that needs no peer; returns the rows by number of users."""
-    memory = generation.everybody_once(server, 10_000)
-    report.rows.append({"name": "10,000 users served once", **memory})
-    report.set("server_bytes_per_idle_user", (memory["resident_after"] - memory["resident_before"]) / memory["users"])
-    users = generation.by_users(server, rounds, (1, 10_000) if quick else (1, 10, 100, 1_000, 10_000))
+    users = generation.by_users(server, rounds, (1, 10_000) if quick else (1, 10, 100, 1_000, 10_000), 32 if quick else 64)
     speed = {entry["name"]: entry["tokens_per_second"] for entry in users}
     report.rows += users
     report.set("users_10000_over_1", speed["10000 users"] / speed["1 users"])
     report.set("personal_over_plain", speed["10000 users"] / speed["plain model"])
     report.rows += generation.closed_loops(server, rounds)
-    report.rows += generation.open_loops(server, capacity, 15 if quick else 60)
+    report.rows += generation.open_loops(server, capacity, 8 if quick else 60)
     prefix = generation.shared_prefix(server, rounds)
     report.rows.append(prefix)
     report.set("shared_prefix_overhead", prefix["overhead"])
@@ -131,6 +131,9 @@ def ours_alone(server: Server, capacity: float, rounds: int, quick: bool, report
     report.rows += streams
     report.set("stream_p99_under_gradients", ratio)
     report.set("kv_waste", kv_waste(server, report.rows.append))
+    memory = generation.everybody_once(server, 10_000)
+    report.rows.append({"name": "10,000 users served once", **memory})
+    report.set("server_bytes_per_idle_user", (memory["resident_after"] - memory["resident_before"]) / memory["users"])
     return users
 
 
@@ -145,6 +148,7 @@ def main() -> None:
     parser.add_argument("--vllm", type=Path, default=ROOT / ".venv-vllm", help="vLLM's virtual environment")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of every system")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ended from outside, it still ends what it started
     rounds = args.rounds or (2 if args.quick else 5)
     report, users = Report(), []
     with tempfile.TemporaryDirectory(prefix="lopa-serving-") as name:

@@ -44,7 +44,7 @@ class PeerProcess:
 
     @classmethod
     def start(cls, name: str, python: Path, job: Job, log: Path, environment: dict[str, str]) -> PeerProcess:
-        """Raises PeerFailed."""
+        """Begin to build it; `built` waits for that."""
         read, write = os.pipe()
         command = [str(python), "-m", f"peers.{name}", "--folder", str(job.folder), "--results", str(write)]
         command += [word for field in ("requests", "prompt", "threads") for word in (f"--{field}", str(getattr(job, field)))]
@@ -60,14 +60,16 @@ class PeerProcess:
                 start_new_session=True,
             )
         os.close(write)
-        peer = cls(name, process, os.fdopen(read), log)
+        return cls(name, process, os.fdopen(read), log)
+
+    def built(self) -> None:
+        """Wait until it is ready, then stop it. Raises PeerFailed, once it has ended."""
         try:
-            peer._answer()
+            self._answer()
         except BaseException:
-            peer.end()
+            self.end()
             raise
-        stop_group(process)
-        return peer
+        stop_group(self.process)
 
     def round(self, number: int, new: int) -> Outcome:
         """Raises PeerFailed."""

@@ -19,6 +19,9 @@ ROWS, OWN, NEW = 10, 54, 64
 PERSONAL = Workload(concurrency=32, requests=32, users=32, rows=ROWS, prompt_tokens=(OWN, OWN), new_tokens=(NEW, NEW))
 PLAIN = dataclasses.replace(PERSONAL, users=0, prompt_tokens=(ROWS + OWN, ROWS + OWN))
 
+LENGTHS = (8, 512)
+"""Of S-LoRA's synthetic trace."""
+
 
 class LoadFailed(RuntimeError):
     """Requests of a measurement failed: its figure would mean nothing."""
@@ -41,7 +44,7 @@ def closed_loops(server: Server, rounds: int) -> list[dict[str, Any]]:
     """1, 8, 32 and 64 requests under way, two generations of each."""
     rows = []
     for concurrency in (1, 8, 32, 64):
-        count = max(2 * concurrency if rounds > 2 else concurrency, 3)
+        count = max(3, concurrency * (2 if rounds > 2 else 1))
         workload = dataclasses.replace(PERSONAL, concurrency=concurrency, requests=count, users=count, seed=100)
         rows.append(row(f"closed loop, {concurrency}", run(server, workload)))
     return rows
@@ -50,9 +53,8 @@ def closed_loops(server: Server, rounds: int) -> list[dict[str, Any]]:
 def open_loops(server: Server, capacity: float, seconds: float) -> list[dict[str, Any]]:
     """Poisson arrivals at 70 % of the capacity (tokens/s), then S-LoRA's synthetic trace at 50 %: lengths 8 to 512, skewed users."""
     poisson = dataclasses.replace(PERSONAL, concurrency=None, rate=0.7 * capacity / NEW, requests=None, duration=seconds, users=1000)
-    lengths = (8, 512)
     trace = dataclasses.replace(
-        poisson, rate=0.5 * capacity / fmean(lengths), prompt_tokens=lengths, new_tokens=lengths, skew=1.0, seed=7, duration=2 * seconds
+        poisson, rate=0.5 * capacity / fmean(LENGTHS), prompt_tokens=LENGTHS, new_tokens=LENGTHS, skew=1.0, seed=7, duration=2 * seconds
     )
     return [
         row("open loop, Poisson at 70 %", run(server, poisson), rate=poisson.rate),
@@ -60,7 +62,7 @@ def open_loops(server: Server, capacity: float, seconds: float) -> list[dict[str
     ]
 
 
-def by_users(server: Server, rounds: int, counts: Iterable[int] = (1, 10, 100, 1_000, 10_000)) -> list[dict[str, Any]]:
+def by_users(server: Server, rounds: int, counts: Iterable[int], requests: int) -> list[dict[str, Any]]:
     """Throughput when requests come from so many users, and from the plain model (0 users), in turn. Every prompt is new."""
     counts = (0, *counts)
     speeds: dict[int, list[float]] = {count: [] for count in counts}
@@ -68,8 +70,8 @@ def by_users(server: Server, rounds: int, counts: Iterable[int] = (1, 10, 100, 1
         order = counts if number % 2 == 0 else counts[::-1]
         for count in order:
             base = PERSONAL if count else PLAIN
-            # A skew of almost nothing: users are drawn, all alike, instead of taking turns, so that every part of many is met.
-            workload = dataclasses.replace(base, users=count, requests=64, skew=0.0 if count < 64 else 1e-9, seed=1000 + number)
+            # A skew of almost nothing: users are drawn, all alike, instead of taking turns from the first one on.
+            workload = dataclasses.replace(base, users=count, requests=requests, skew=1e-9, seed=1000 + number)
             speeds[count].append(summarize(run(server, workload)).tokens_per_second)
     return [
         {"name": f"{count} users" if count else "plain model", "tokens_per_second": median(speeds[count]), "rounds": speeds[count]}
@@ -79,10 +81,11 @@ def by_users(server: Server, rounds: int, counts: Iterable[int] = (1, 10, 100, 1
 
 def everybody_once(server: Server, users: int) -> Mapping[str, float]:
     """Serve so many distinct users once, one token each, and see what the server's memory does after the first tenth."""
-    workload = dataclasses.replace(PERSONAL, users=users // 10, requests=users // 10, prompt_tokens=(4, 4), new_tokens=(1, 1))
+    short = dataclasses.replace(PERSONAL, concurrency=64, rows=4, prompt_tokens=(2, 2), new_tokens=(1, 1))
+    workload = dataclasses.replace(short, users=users // 10, requests=users // 10)
     run(server, workload)
     before = server.resident_bytes()
-    run(server, dataclasses.replace(workload, users=users, requests=users, seed=1))
+    run(server, dataclasses.replace(short, users=users, requests=users, seed=1))
     return {"resident_before": before, "resident_after": server.resident_bytes(), "users": users}
 
 

@@ -18,6 +18,8 @@ from lopa.transport import Endpoint
 from peers.process import PeerFailed, continue_group, stop_group
 
 START_SECONDS = 180
+POOL_MIB = 1024
+"""Key-value pool: small enough that the loads before it have touched all of it when memory per user is measured."""
 
 
 @dataclass
@@ -59,6 +61,7 @@ def running_server(fm: Path, folder: Path, max_batch: int, threads: int) -> Iter
     ready, log, metrics_port = folder / "address", folder / "server.log", free_port()
     command = [sys.executable, "-m", "lopa.cli", "serve", "--fm", str(fm), "--dtype", "bfloat16", "--port", "0", "--ready-file", str(ready)]
     command += ["--max-batch", str(max_batch), "--threads", str(threads), "--metrics-port", str(metrics_port)]
+    command += ["--kv-memory-mib", str(POOL_MIB)]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:

@@ -8,7 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from lopa_server.engine.base import Engine
+from lopa_server.engine.base import Engine, EngineStopped
 
 GAUGES = {
     "streams_waiting": ("waiting", "Generate requests without a place in the batch."),
@@ -51,7 +51,10 @@ class EngineCollector(Collector):
         engine = self._engine()
         if engine is None:
             return
-        stats, spec = engine.stats(), engine.spec
+        try:
+            stats, spec = engine.stats(), engine.spec
+        except EngineStopped:
+            return
         for name, (field, text) in GAUGES.items():
             yield GaugeMetricFamily(f"lopa_{name}", text, value=getattr(stats, field))
         for name, (field, text) in COUNTERS.items():

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 from lopa.cli.output import fail
-from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -57,7 +56,10 @@ def view(address: str, readings: deque[Reading], speeds: deque[float]) -> Render
     about = dict(model)
     name = (about.get("name", "loading …"), "bold cyan")
     title = Text.assemble(("lopa top", "bold"), f"  {address}  ", name, f"  {about.get('dtype', '')}")
-    panels = Columns([_work(before, now), _cache(before, now), _latency(before, now)], equal=True, expand=True)
+    panels = Table.grid(expand=True)
+    for _ in range(3):
+        panels.add_column(ratio=1)
+    panels.add_row(_work(before, now), _cache(before, now), _latency(before, now))
     return Group(title, _sparkline(speeds), panels, _calls(before, now), Text(f"over the last {now.at - before.at:.0f} s", style="dim"))
 
 
