@@ -1,0 +1,153 @@
+"""Trust: what strangers, fuzzers, floods, kills and curious tenants can do to a running server.
+
+    python benchmarks/trust.py --json benchmarks/results/trust.json          # hours
+    python benchmarks/trust.py --quick --json benchmarks/results/trust.json  # minutes: the same, with fewer of everything
+
+Servers are `lopa serve` processes of lopa-nano with API keys; clients share the machine with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from report import write
+from trustbench.chaos import chaos
+from trustbench.fuzz import Fuzzer
+from trustbench.load import light_tenant, overload, soak
+from trustbench.server import running
+from trustbench.strangers import open_to_strangers
+from trustbench.timing import p_value, timings
+
+Figures = dict[str, float]
+BATCH = 8
+FLOOD = 50
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything."""
+
+    fuzz: int = 50_000
+    overload_seconds: float = 300.0
+    light_streams: int = 300
+    tunes: int = 16
+    tune_steps: int = 200
+    kills: int = 200
+    soak_seconds: float = 1200.0
+    timing_trials: int = 1000
+
+
+QUICK = Size(fuzz=2_000, overload_seconds=15.0, light_streams=40, tunes=4, tune_steps=12, kills=4, soak_seconds=45.0, timing_trials=150)
+
+
+def strangers(folder: Path, size: Size) -> Figures:
+    del size
+    with running(folder) as server:
+        found, answered = open_to_strangers(server)
+    return {"rpcs": found, "rpcs_open_to_strangers": len(answered)}
+
+
+def fuzz(folder: Path, size: Size) -> Figures:
+    with running(folder, "--threads", "1") as server:
+        fuzzer = Fuzzer(server, seed=0, corpus=folder / "corpus")
+        fuzzer.run(size.fuzz // 5)
+        server.wait_idle()
+        before = server.resident_bytes()
+        report = fuzzer.run(size.fuzz - size.fuzz // 5)
+        idle, alive = server.wait_idle(), server.process.poll() is None
+        growth, leaked = server.resident_bytes() / before - 1, server.metric("lopa_kv_blocks_used")
+    for outcome, count in report.outcomes.most_common():
+        print(f"  {count:6}  {outcome}")
+    for entry in report.untyped[:10]:
+        print(f"  untyped: {entry}")
+    return {
+        "fuzz_requests": report.requests,
+        "fuzz_crashes": int(not alive),
+        "fuzz_hangs": report.hangs + (not idle),
+        "fuzz_untyped_errors": len(report.untyped),
+        "fuzz_corpus": report.corpus,
+        "fuzz_rss_growth": growth,
+        "fuzz_leaked_blocks": leaked,
+        "neighbour_streams": report.neighbour_streams,
+        "neighbours_changed": report.neighbours_changed,
+    }
+
+
+def load(folder: Path, size: Size) -> Figures:
+    with running(folder, "--threads", "1", "--max-batch", str(BATCH), "--max-waiting", str(2 * BATCH)) as server:
+        peak, over = overload(server, BATCH, size.overload_seconds)
+    print(f"  refusals: {dict(over.refusals)}")
+    with running(folder, "--threads", "1", "--max-batch", str(BATCH)) as server:
+        alone, beside = light_tenant(server, size.light_streams, FLOOD)
+    return {
+        "peak_tokens_per_second": peak.tokens / peak.seconds,
+        "overload_goodput": (over.tokens / over.seconds) / (peak.tokens / peak.seconds),
+        "overload_refusals": sum(over.refusals.values()),
+        "overload_unhelpful_refusals": over.unhelpful,
+        "overload_p99_ttft_ms": 1000 * over.p99(),
+        "light_tenant_p99_alone_ms": 1000 * alone.p99(),
+        "light_tenant_p99_ratio": beside.p99() / alone.p99(),
+    }
+
+
+def soaking(folder: Path, size: Size) -> Figures:
+    with running(folder, "--threads", "1", "--max-batch", str(BATCH)) as server:
+        result = soak(server, round(0.8 * BATCH), size.soak_seconds)
+    return {
+        "soak_rss_growth": result.growth,
+        "soak_streams": result.finished,
+        "leaked_blocks": result.leaked_blocks,
+        "stuck_streams": int(result.stuck),
+    }
+
+
+def kills(folder: Path, size: Size) -> Figures:
+    result = chaos(folder, size.tunes, size.tune_steps, size.kills)
+    return {"kills": result.kills, "tunes": size.tunes, "tunes_changed_by_kills": result.changed}
+
+
+def timing(folder: Path, size: Size) -> Figures:
+    with running(folder, "--threads", "1") as server:
+        across = p_value(*timings(server, "acme", "other", size.timing_trials))
+        within = p_value(*timings(server, "acme", "acme", size.timing_trials // 3))
+    return {"cache_timing_trials": size.timing_trials, "cache_timing_p_value": across, "cache_timing_p_value_same_tenant": within}
+
+
+PARTS: dict[str, Callable[[Path, Size], Figures]] = {
+    "strangers": strangers,
+    "fuzz": fuzz,
+    "load": load,
+    "soak": soaking,
+    "kills": kills,
+    "timing": timing,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer of everything")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="some parts")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--work", type=Path, help="keep logs and the fuzzer's corpus in this folder")
+    options = parser.parse_args()
+    size = QUICK if options.quick else Size()
+    figures: Figures = {}
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="lopa-trust-") as temporary:
+        for name in options.only:
+            print(name, flush=True)
+            found = PARTS[name]((options.work or Path(temporary)) / name, size)
+            figures |= found
+            rows += [{"part": name, "figure": figure, "value": value} for figure, value in found.items()]
+            for figure, value in found.items():
+                print(f"  {figure:34}{value:.4g}", flush=True)
+            write(options.json, figures, rows)
+
+
+if __name__ == "__main__":
+    main()
