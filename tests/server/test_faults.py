@@ -11,10 +11,12 @@ from pathlib import Path
 import grpc
 import lopa_server.supervisor
 import pytest
+import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from lopa.v1 import inference_pb2
 from lopa_server.app import ServerConfig, start_server
 from lopa_server.engine.scheduler import Scheduler
+from lopa_server.engine.torch_engine.layout import Piece
 from lopa_server.engine.torch_engine.runner import ModelRunner
 
 from tests.server.client import Client, failure, generate_request, pair, soft_prompt
@@ -102,3 +104,32 @@ def test_an_idle_engine_is_not_taken_for_a_stuck_one(tiny_fm: Path) -> None:
         for _ in range(3 * lopa_server.supervisor.LOOKS):
             assert looks.acquire(timeout=60)
         assert not server.app.engine.stuck
+
+
+def test_a_step_without_memory_fails_alone_and_makes_later_ones_smaller(tiny_fm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def scarce(runner: ModelRunner, pieces: list[Piece], *rest: object) -> object:
+        sizes.append(sum(piece.count for piece in pieces))
+        if sizes[-1] > 100:
+            raise torch.OutOfMemoryError("no memory")
+        return STEP(runner, pieces, *rest)
+
+    long = generate_request("x" * 300, max_tokens=4)
+    with start_server(ServerConfig(fm=tiny_fm, threads=1, step_positions=256)) as server, grpc.insecure_channel(server.address) as channel:
+        client = Client(channel)
+        expected = client.tokens(long)
+        monkeypatch.setattr(ModelRunner, "step", scarce)
+        other = generate_request("y" * 300, max_tokens=4)
+        outcomes = [_tokens_or_code(client, other) for _ in range(3)]
+        assert outcomes[:2] == [grpc.StatusCode.INTERNAL] * 2, "256 positions, then 128"
+        assert isinstance(outcomes[2], list) and max(sizes[-5:]) <= 64
+        assert client.tokens(long) == expected
+        assert server.app.engine.stats().out_of_memory == 2
+
+
+def _tokens_or_code(client: Client, request: inference_pb2.GenerateRequest) -> list[int] | grpc.StatusCode:
+    try:
+        return client.tokens(request)
+    except grpc.RpcError as error:
+        return error.code()

@@ -244,6 +244,8 @@ class EngineStats:
     pair_batches: int = 0
     aborted: int = 0
     failed: int = 0
+    out_of_memory: int = 0
+    """Steps that the device had no memory for; each made later ones smaller."""
     block_size: int = 0
     """Positions in one block of the key-value cache."""
     blocks_total: int = 0

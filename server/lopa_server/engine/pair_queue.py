@@ -93,6 +93,10 @@ class PairQueue:
     def __bool__(self) -> bool:
         return bool(self._jobs)
 
+    def shrink(self, positions: int) -> None:
+        """Later micro-batches hold so many positions at most."""
+        self._positions = positions
+
     def add(self, job_id: str, kind: PairKind, costs: Sequence[PairCost], *, tenant: str = "", low_priority: bool = False) -> None:
         """A call's pairs; they are computed in any order and grouping."""
         self._jobs[job_id] = _Job(kind, costs, dict.fromkeys(range(len(costs))), tenant, low_priority)

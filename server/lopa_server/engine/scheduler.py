@@ -17,13 +17,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lopa_server.engine.block_manager import BlockManager
 from lopa_server.engine.fair_queue import FairQueue
 from lopa_server.engine.pair_queue import PairCost, PairKind, PairQueue, PairStep
 from lopa_server.engine.sequences import SequenceState
 from lopa_server.engine.waiting import WaitingQueue, WaitingRequest
+
+SMALLEST_STEP = 64
+"""Positions. A device without memory for so few has none for anything."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,15 @@ class Scheduler:
         if self._pairs and (not interactive or self._interactive_credit <= 0):
             return self._pairs.next_step(self.blocks)
         return self._token_step() if interactive else None
+
+    def shrink(self, step: Step) -> None:
+        """The device had no memory for this step: halve the positions of later ones of its kind, down to SMALLEST_STEP."""
+        limits = self._limits
+        if isinstance(step, TokenStep):
+            self._limits = replace(limits, step_positions=max(min(SMALLEST_STEP, limits.step_positions), limits.step_positions // 2))
+        else:
+            self._limits = replace(limits, pair_positions=max(min(SMALLEST_STEP, limits.pair_positions), limits.pair_positions // 2))
+            self._pairs.shrink(self._limits.pair_positions)
 
     def record(self, step: Step, seconds: float) -> None:
         """Tell how long a step took: the basis of sharing time."""

@@ -190,8 +190,17 @@ class Worker:
         except Exception as error:
             concerned = _concerned(step)
             log.exception("%s failed for %d requests", type(step).__name__, len(concerned))
+            if out_of_memory(error):
+                self._shrink(step)
             for name in concerned:
                 self._fail(name, error)
+
+    def _shrink(self, step: Step) -> None:
+        """Go on with smaller steps, rather than run out of memory again and again."""
+        self._scheduler.shrink(step)
+        self._counts["out_of_memory"] += 1
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _fail(self, name: str, error: Exception) -> None:
         owner = self._streams.get(name) or self._jobs.get(name)
@@ -279,6 +288,11 @@ class Worker:
 def _deliver(events: list[tuple[Mailbox, Event]]) -> None:
     for mailbox, event in events:
         mailbox.put(event)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """On a CPU torch has no exception of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
 
 
 def _concerned(step: Step) -> list[str]:
