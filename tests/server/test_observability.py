@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -14,7 +15,9 @@ import grpc
 import pytest
 from lopa.v1 import tuning_pb2
 from lopa_server.app import ConfigError, RunningServer, ServerConfig, start_server
+from lopa_server.engine.base import EngineStats
 from lopa_server.observability import setup
+from lopa_server.observability.engine_metrics import COUNTERS, GAUGES
 from lopa_server.observability.samples import NoMetrics, Reading, fetch, parse, quantile, rate
 from lopa_server.observability.top import top, view
 from lopa_server.observability.tracing import Tracing
@@ -26,6 +29,7 @@ from rich.console import Console
 from tests.server.client import Client, failure, generate_request, pair, soft_prompt
 
 DASHBOARD = Path(__file__).resolve().parents[2] / "deploy/grafana/lopa.json"
+DOCS = DASHBOARD.parents[2] / "docs/observability.md"
 GENERATE = "/lopa.v1.Inference/Generate"
 
 
@@ -100,6 +104,14 @@ def test_every_panel_asks_for_metrics_that_exist(observed: RunningServer, asking
     asked = {name for query in queries for name in re.findall(r"\b(?:lopa|process)_\w+", query)}
     assert len(queries) > 15
     assert asked <= known
+
+
+def test_every_counter_of_the_engine_is_shown_and_explained(observed: RunningServer) -> None:
+    shown = {field for field, _ in (*GAUGES.values(), *COUNTERS.values())}
+    assert {field.name for field in dataclasses.fields(EngineStats)} - shown == {"seconds"}
+    names = {re.sub(r"_(bucket|sum|count|created)$", "", name) for name in page(observed).samples if name.startswith("lopa_")}
+    explained = set(re.findall(r"lopa_\w+", DOCS.read_text()))
+    assert names <= explained
 
 
 def test_the_page_tells_nothing_about_requests(observed: RunningServer, asking: Client) -> None:
