@@ -42,7 +42,7 @@ class Size:
     timing_trials: int = 1000
 
 
-QUICK = Size(fuzz=2_000, overload_seconds=15.0, light_streams=40, tunes=4, tune_steps=12, kills=4, soak_seconds=45.0, timing_trials=150)
+QUICK = Size(fuzz=1_500, overload_seconds=10.0, light_streams=25, tunes=4, tune_steps=12, kills=4, soak_seconds=40.0, timing_trials=150)
 
 
 def strangers(folder: Path, size: Size) -> Figures:

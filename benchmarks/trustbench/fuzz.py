@@ -79,7 +79,10 @@ def _mutate_field(message: Message, rng: random.Random) -> None:
     if not fields:
         return
     chosen = rng.choice(fields)
-    if chosen.is_repeated:
+    if chosen.message_type is not None and chosen.message_type.GetOptions().map_entry:
+        key, value = chosen.message_type.fields
+        getattr(message, chosen.name)[_value(key, rng, None)] = _value(value, rng, None)
+    elif chosen.is_repeated:
         _mutate_repeated(message, chosen, rng)
     elif chosen.type == FieldDescriptor.TYPE_MESSAGE:
         if rng.random() < 0.2:
