@@ -73,7 +73,7 @@ def test_pairs_that_would_be_too_many_are_refused(tiny_fm: Path) -> None:
 def test_a_late_deadline_is_told_on_the_wire(tiny_fm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with start_server(ServerConfig(fm=tiny_fm, threads=1)) as server, grpc.insecure_channel(server.address) as channel:
         client = Client(channel)
-        monkeypatch.setattr(type(server.app.engine._streams._pace), "rate", 0.5)
+        monkeypatch.setattr(admission.Pace, "rate", 0.5)
         client.tokens(generate_request(max_tokens=4))
         refused = failure(lambda: list(client.inference.Generate(generate_request(max_tokens=400), timeout=5)))
         assert (refused.code, refused.reason, refused.field) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "DEADLINE_TOO_SHORT", "deadline")
