@@ -10,14 +10,15 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = """
-import resource, sys, lopa
+import sys, lopa
 from pathlib import Path
 address, folder, cache = sys.argv[1:]
 with lopa.connect(address, config=lopa.ClientConfig(cache=Path(cache))) as client:
     persona = client.personal(folder)
     for number in range(20):
         assert persona.generate(f"def f_{number}(a, b):\\n" * 16, max_tokens=8, ignore_end=True).receipt.rows > 0
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+print(int(peak.split()[1]) / 1024)
 """
 
 
@@ -49,7 +50,10 @@ def import_seconds(python: Path, statement: str) -> float:
 
 
 def resident_mb(python: Path, address: str, folder: Path) -> float:
-    """Peak resident memory of a device process that opens a new persona and generates, in MiB."""
+    """Peak resident memory of a device process that opens a new persona and generates, in MiB.
+
+    Linux's VmHWM: getrusage would count the memory of the process that started it.
+    """
     command = [str(python), "-c", DEVICE, address, str(folder / "me"), str(folder / "cache")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return float(subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder, env=environment).stdout)
