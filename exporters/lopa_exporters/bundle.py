@@ -18,6 +18,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from lopa_exporters import graphs, verify
+from lopa_exporters.audit import Audit
 from lopa_exporters.encoder import Encoder, NoEncoder
 from lopa_exporters.lopa import LoPA
 
@@ -73,7 +74,8 @@ def export_bundle(
             shrink(folder / "encode.onnx")
         manifest = _manifest(folder, fm, encoder, lopa, tuning or TuningDefaults(), dtype)
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        Bundle.open(folder)
+        for _ in Audit(Bundle.open(folder)).run():
+            pass
         _publish(folder, out)
     return Bundle.open(out)
 

@@ -7,9 +7,10 @@ prefix, at the front when there is none. Each (user, task) is one person with pe
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,27 +40,46 @@ class Example:
 
 
 def read_examples(path: Path) -> list[Example]:
-    """Parse a JSONL file strictly.
+    """Parse a JSONL file, or a Parquet file (by its ending) with the same names as columns, strictly.
 
     Raises:
         DataError: a line that is not such an object, an unknown field, a wrong type, an empty prompt or target; or no lines.
     """
-    examples = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                example = Example(**json.loads(line))
-            except (ValueError, TypeError) as error:
-                raise DataError(f"{path}, line {number}: {error}") from error
-            texts = (example.user, example.task, example.prompt, example.prefix, example.target)
-            if not all(isinstance(text, str) for text in texts) or not isinstance(example.append_end, bool):
-                raise DataError(f"{path}, line {number}: user, task, prompt, prefix and target must be strings, append_end a boolean")
-            if not all((example.user, example.task, example.target, example.prefix + example.prompt)):
-                raise DataError(f"{path}, line {number}: user, task, target, and one of prefix and prompt must not be empty")
-            examples.append(example)
+    if path.suffix == ".parquet":
+        examples = [_example(lambda row=row: row, f"{path}, row {number}") for number, row in enumerate(_parquet_rows(path), 1)]
+    else:
+        with path.open(encoding="utf-8") as file:
+            examples = [_example(lambda line=line: json.loads(line), f"{path}, line {number}") for number, line in enumerate(file, 1)]
     if not examples:
         raise DataError(f"{path} has no examples")
     return examples
+
+
+def _example(read: Callable[[], dict[str, Any]], where: str) -> Example:
+    """One example, or a DataError that names its place."""
+    try:
+        example = Example(**read())
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{where}: {error}") from error
+    texts = (example.user, example.task, example.prompt, example.prefix, example.target)
+    if not all(isinstance(text, str) for text in texts) or not isinstance(example.append_end, bool):
+        raise DataError(f"{where}: user, task, prompt, prefix and target must be strings, append_end a boolean")
+    if not all((example.user, example.task, example.target, example.prefix + example.prompt)):
+        raise DataError(f"{where}: user, task, target, and one of prefix and prompt must not be empty")
+    return example
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows as mappings; a column's missing value stands for its default."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                yield {name: value for name, value in row.items() if value is not None}
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path} is not a Parquet file: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from lopa.bundle import Bundle, TuningDefaults
+from lopa.bundle import Bundle, FMSpec, TuningDefaults
 
 from lopa_exporters.backbone import plain_tokenizer
 from lopa_exporters.bundle import export_bundle, read_fm_spec
+from lopa_exporters.curves import EventWriter, plot
 from lopa_exporters.data import Dataset, Example, build_dataset, persons_of, read_examples, split_rows
 from lopa_exporters.encoder import Encoder, EncoderConfig, NoEncoder
 from lopa_exporters.frozen import FrozenModel
@@ -22,6 +23,7 @@ from lopa_exporters.lopa import LoPA, LoPAConfig, init_lopa
 from lopa_exporters.population import PopulationConfig, PopulationTrainer
 from lopa_exporters.probes import PROBES
 from lopa_exporters.quality import Gate, Quality, Shrinker
+from lopa_exporters.trained import Trained
 
 MEASURED = 64
 """Examples that a quantized encoder is measured on."""
@@ -66,6 +68,8 @@ class ExportPlan:
     """What a quantized encoder may cost."""
     examples: Path | None = None
     """What the cost is measured on; else the population's held examples; without either, `lopa_exporters.probes`."""
+    trained: Path | None = None
+    """Folder of a finished run: its encoder, method and values take the place of those above, and nothing is trained."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +87,8 @@ def make_bundle(plan: ExportPlan, reporter: Reporter) -> Made:
         ValueError, OSError: a model, a file or a setting that cannot be used. DataError: an example that cannot be.
         ExportError: an exported graph is not what torch computes, or a quantized one costs more than the gate allows.
     """
-    with reporter.task("Loading models", None):
-        spec = read_fm_spec(plan.fm, plan.fm_name)
-        fm = FrozenModel.load(plan.fm, bf16=plan.bf16)
-        encoder = load_encoder(plan.encoder, plan.method, fm)
-        lopa = start_lopa(plan, fm, encoder)
-    if plan.population is not None:
+    spec, fm, encoder, lopa = load_parts(plan, reporter)
+    if plan.population is not None and plan.trained is None:
         dataset = prepare(plan.population, fm, encoder, lopa.config, reporter)
         if trains(lopa, plan.training):
             lopa = _train(plan, fm, dataset, lopa, reporter)
@@ -98,6 +98,44 @@ def make_bundle(plan: ExportPlan, reporter: Reporter) -> Made:
             plan.out, fm=spec, encoder=encoder, lopa=lopa, tuning=plan.tuning, personal_dtype=plan.personal_dtype, shrink=shrinker
         )
     return Made(bundle, shrinker.quality if shrinker else None)
+
+
+def load_parts(plan: ExportPlan, reporter: Reporter) -> tuple[FMSpec, FrozenModel, Encoder | NoEncoder, LoPA]:
+    """Foundation model, encoder and LoPA: fresh, or as a finished run left them.
+
+    Raises:
+        ValueError: the run was for another model, or is not finished.
+    """
+    with reporter.task("Loading models", None):
+        spec = read_fm_spec(plan.fm, plan.fm_name)
+        fm = FrozenModel.load(plan.fm, bf16=plan.bf16)
+        if plan.trained is None:
+            encoder = load_encoder(plan.encoder, plan.method, fm)
+            return spec, fm, encoder, start_lopa(plan, fm, encoder)
+        trained = Trained.load(plan.trained)
+        if trained.fingerprint != spec.fingerprint:
+            raise ValueError(f"{plan.trained} was trained for the model {trained.fingerprint[:16]}; {spec.name} is {spec.fingerprint[:16]}")
+        encoder = load_encoder(trained.encoder, trained.lopa.config, fm)
+        trained.apply(encoder)
+        return spec, fm, encoder, trained.lopa
+
+
+def train(plan: ExportPlan, reporter: Reporter) -> Path:
+    """Train the shared part to the end in `plan.run`: checkpoints, log, TensorBoard events, curves.png and the result. Returns the picture.
+
+    Raises:
+        ValueError, OSError: a model, a file or a setting that cannot be used; a method that has nothing to train.
+        DataError: an example that cannot be used.
+    """
+    if plan.population is None or plan.run is None:
+        raise ValueError("training needs a population and a folder for its run")
+    spec, fm, encoder, lopa = load_parts(plan, reporter)
+    if not trains(lopa, plan.training):
+        raise ValueError(f"profile {plan.method.profile} shares nothing; give start_rate to train where its users begin")
+    dataset = prepare(plan.population, fm, encoder, lopa.config, reporter)
+    lopa = _train(plan, fm, dataset, lopa, reporter)
+    Trained.of(spec.fingerprint, encoder, lopa).save(plan.run)
+    return plot(plan.run)
 
 
 def make_shrinker(plan: ExportPlan, fm: FrozenModel, encoder: Encoder | NoEncoder, lopa: LoPA) -> Shrinker | None:
@@ -172,6 +210,14 @@ def _train(plan: ExportPlan, fm: FrozenModel, dataset: Dataset, lopa: LoPA, repo
     if plan.run is None:
         raise ValueError("a population needs a folder for its training run")
     trainer = PopulationTrainer(fm, dataset, lopa, plan.training, plan.run)
-    with reporter.task("Training the shared part", plan.training.steps) as advance:
+    with (
+        reporter.task("Training the shared part", plan.training.steps) as advance,
+        contextlib.closing(EventWriter(plan.run, trainer.state.step)) as events,
+    ):
         advance(trainer.state.step, "")
-        return trainer.run(lambda _step, loss: advance(1, f"NLL {loss:.3f} per token"))
+
+        def tell(_step: int, loss: float) -> None:
+            advance(1, f"NLL {loss:.3f} per token")
+            events.follow()
+
+        return trainer.run(tell)

@@ -20,6 +20,7 @@ from lopa_exporters.encoder import pad_right
 from lopa_exporters.graphs import BETA2, EPSILON, INSTANCE, MOMENTS, SCALARS, initial_moments
 from lopa_exporters.lopa import LoPA, Tensors, soft_prompt
 from lopa_exporters.quantize import session_of
+from lopa_exporters.structure import ExportError
 
 TOLERANCE = 1e-5
 """Largest absolute difference allowed, relative to the larger of 1 and the largest value expected."""
@@ -27,10 +28,6 @@ BATCHES = (1, 2, 9)
 UPDATE_STEPS = 5
 Axes = Sequence[int | str]
 Signature = Mapping[str, tuple[str, Axes]]
-
-
-class ExportError(RuntimeError):
-    """An exported graph is not what torch computes, or not what the contract says. Nothing was published."""
 
 
 class Graph:

@@ -125,6 +125,8 @@ class Manifest:
     files: Mapping[str, FileSpec]
     tuning: TuningDefaults = dataclasses.field(default_factory=TuningDefaults)
     schema: int = SCHEMA
+    signature: str = ""
+    """Ed25519 over the id (`lopa.signing`): 128 hex digits, or empty. Not part of what the id is made of."""
 
     @property
     def id(self) -> str:
@@ -132,11 +134,17 @@ class Manifest:
         return hashlib.sha256(self._canonical().encode()).hexdigest()
 
     def _canonical(self) -> str:
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        return json.dumps(self._content(), sort_keys=True, separators=(",", ":"))
+
+    def _content(self) -> dict[str, Any]:
+        content = dataclasses.asdict(self)
+        del content["signature"]
+        return content
 
     def to_json(self) -> str:
         """The manifest file's text; its `id` is redundant and checked on reading."""
-        return json.dumps({"id": self.id, **dataclasses.asdict(self)}, indent=1, sort_keys=True) + "\n"
+        signature = {"signature": self.signature} if self.signature else {}
+        return json.dumps({"id": self.id, **signature, **self._content()}, indent=1, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -161,6 +169,7 @@ class Manifest:
                 personal=_specs(document["personal"]),
                 files={name: FileSpec(**spec) for name, spec in document["files"].items()},
                 tuning=TuningDefaults(**document["tuning"]),
+                signature=document.get("signature", ""),
             )
             _check(manifest)
             if document.get("id") != manifest.id:
@@ -203,6 +212,8 @@ def _check(manifest: Manifest) -> None:
     real("tuning.weight_decay", manifest.tuning.weight_decay, zero=True)
     if manifest.encoder.truncation_side not in ("left", "right"):
         raise BundleError(f"manifest.encoder.truncation_side is {manifest.encoder.truncation_side!r}; it must be left or right")
+    if manifest.signature != "" and not re.fullmatch("[0-9a-f]{128}", str(manifest.signature)):
+        raise BundleError("manifest.signature must be 128 lower-case hex digits")
     if not _HEX.fullmatch(str(manifest.fm.fingerprint)):
         raise BundleError("manifest.fm.fingerprint must be 64 lower-case hex digits")
     for kind, specs in (("instance", manifest.instance), ("personal", manifest.personal)):

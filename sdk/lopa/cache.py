@@ -14,7 +14,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -23,6 +23,7 @@ from lopa.bundle import FILES, MANIFEST, MAX_MANIFEST_BYTES, Bundle, Manifest, e
 from lopa.errors import BundleError, FingerprintMismatch, FolderError, NotFound, ProtocolError, RemoteError, StorageError, Unavailable
 from lopa.files import locked, make_folder, read_limited, sync_folder
 from lopa.protocol.flow import Flow, OpenStream, Receive, wait, work
+from lopa.signing import check_signature
 from lopa.v1 import catalog_pb2
 from lopa.values import Model
 
@@ -46,13 +47,15 @@ def cache_folder(chosen: Path | None = None) -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "lopa"
 
 
-def cached_bundle(bundle_id: str, chosen: Path | None = None) -> Bundle | None:
-    """A bundle that is already here, verified again; None when it is not here or was damaged."""
+def cached_bundle(bundle_id: str, chosen: Path | None = None, trusted: Sequence[str] = ()) -> Bundle | None:
+    """A bundle that is already here, verified again; None when it is not here, was damaged, or none of the `trusted` keys signed it."""
     folder = cache_folder(chosen) / "bundles" / bundle_id
     if len(bundle_id) != _HEX_DIGITS or not folder.is_dir():
         return None
     try:
         bundle = Bundle.open(folder)
+        if trusted:
+            check_signature(bundle.manifest, trusted)
     except BundleError:
         return None  # whoever asked downloads it again, over this one
     with contextlib.suppress(OSError):  # a cache that can only be read is never cleaned either
@@ -116,19 +119,22 @@ def fetch_bundle(session: Session, *, progress: Progress | None = None) -> Flow[
         raise ProtocolError(f"the server's bundle id {model.bundle_id[:80]!r} is not 64 hex digits")
     chosen = session.config.cache
     root = cache_folder(chosen) / "bundles"
-    bundle = yield from work(lambda: cached_bundle(model.bundle_id, chosen))
+    trusted = session.config.trusted_keys
+    bundle = yield from work(lambda: cached_bundle(model.bundle_id, chosen, trusted))
     if bundle is None:
         make_folder(root)
         patience = session.config.bundle_timeout
         busy = f"another process has been downloading this bundle for {patience:.0f} s"
         with contextlib.ExitStack() as held:
             yield from _hold(held, root / f"{model.bundle_id}.lock", busy, patience)
-            bundle = yield from work(lambda: cached_bundle(model.bundle_id, chosen))
+            bundle = yield from work(lambda: cached_bundle(model.bundle_id, chosen, trusted))
             if bundle is None:
                 bundle = yield from _download(session, model, root, progress)
         if session.config.bundle_days:
             yield from work(lambda: clean_bundles(session.config.bundle_days, chosen))
     check_model(bundle, model)
+    if trusted:
+        check_signature(bundle.manifest, trusted)
     return bundle
 
 

@@ -29,5 +29,7 @@ class ClientConfig:
     """Where bundles are kept; None stands for $LOPA_CACHE, else the user's cache folder."""
     bundle_days: float = 90.0
     """Bundles that were not used for so many days are removed when another one is fetched; 0 keeps all."""
+    trusted_keys: tuple[str, ...] = ()
+    """Ed25519 public keys in hex; when there are any, a bundle from a server must be signed by one of them."""
     threads: int = 1
     """Threads of the prompt encoder."""

@@ -325,7 +325,7 @@ def _fitting_bundle(session: Session, record: Record, model: Model, options: Ope
         )
     bundle = options.bundle
     if bundle is None:
-        bundle = yield from work(lambda: cached_bundle(record.bundle_id, session.config.cache))
+        bundle = yield from work(lambda: cached_bundle(record.bundle_id, session.config.cache, session.config.trusted_keys))
     if bundle is None and model.bundle_id == record.bundle_id:
         bundle = yield from fetch_bundle(session, progress=options.progress)
     if bundle is None or bundle.manifest.id != record.bundle_id:

@@ -188,7 +188,7 @@ class ServerApp:
         self._health_server = server
 
     async def _load(self) -> None:
-        bundle = await asyncio.to_thread(_open_bundle, self._config)
+        bundles = await asyncio.to_thread(_open_bundles, self._config)
         from lopa_server import warmup
 
         engine = SupervisedEngine(lambda: warmup.load_engine(self._config), warmup.warm_up, self._config.step_seconds)
@@ -198,16 +198,16 @@ class ServerApp:
             await engine.stop()
             raise
         self.engine = engine
-        published = None
-        if bundle is not None:
+        place = self._temporary = tempfile.TemporaryDirectory(prefix="lopa-bundle-")
+        published = []
+        for bundle in bundles:
             _check_bundle(bundle, engine.spec, self._config)
-            self._temporary = tempfile.TemporaryDirectory(prefix="lopa-bundle-")
-            published = await asyncio.to_thread(PublishedBundle.build, bundle, Path(self._temporary.name))
+            published.append(await asyncio.to_thread(PublishedBundle.build, bundle, Path(place.name)))
         tokenizer = PromptTokenizer(engine.tokenizer)
         checker = RequestChecker(engine.spec, self._config.limits, tokenizer)
         version = importlib.metadata.version("lopa")
         self._handlers.catalog = CatalogHandler(
-            engine.spec, self._config.limits, checker.max_row_norm, tokenizer.has_chat, version, published
+            engine.spec, self._config.limits, checker.max_row_norm, tokenizer.has_chat, version, tuple(published)
         )
         self._handlers.requests = RequestHandlers(engine, checker, model_revision(engine.spec, version))
 
@@ -342,11 +342,10 @@ def _channel_options(max_message_bytes: int, traffic: TrafficLimits) -> list[tup
     ]
 
 
-def _open_bundle(config: ServerConfig) -> Bundle | None:
-    if config.bundle is None:
-        return None
+def _open_bundles(config: ServerConfig) -> list[Bundle]:
+    """The current one first."""
     try:
-        return Bundle.open(config.bundle)
+        return [Bundle.open(folder) for folder in (config.bundle, *config.older_bundles) if folder is not None]
     except BundleError as error:
         raise ConfigError(str(error)) from error
 

@@ -27,7 +27,10 @@ DEFAULTS = ServerConfig(fm="")
 
 def serve(
     fm: Annotated[str | None, typer.Option(help="Hugging Face id or folder of the model. Default: the embedded lopa-nano.")] = None,
-    bundle: Annotated[Path | None, typer.Option(help="Folder of the bundle to publish. Default: lopa-nano has its own.")] = None,
+    bundle: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder of the bundle to publish; again for older ones, the current first. Default: lopa-nano's."),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = DEFAULTS.host,
     port: Annotated[int, typer.Option(help="Port; 0 takes any free one.")] = 7070,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: bfloat16 on CUDA, float32 on the CPU.")] = None,
@@ -78,13 +81,15 @@ def serve(
 ) -> None:
     """Serve one frozen model to everybody. Ends with SIGTERM or Ctrl-C, after running calls have finished."""
     log_to_stderr(log_level.upper())
-    if fm is None and bundle is None and nano_bundle_folder().is_dir():
-        bundle = nano_bundle_folder()
+    bundles = bundle or []
+    if fm is None and not bundles and nano_bundle_folder().is_dir():
+        bundles = [nano_bundle_folder()]
     if usage is None and (keys is not None or jwks is not None or identify_by_certificate):
         usage = DEFAULT_PLACE
     config = ServerConfig(
         fm=fm or nano_folder(),
-        bundle=bundle,
+        bundle=bundles[0] if bundles else None,
+        older_bundles=tuple(bundles[1:]),
         host=host,
         port=port,
         insecure_listen=insecure_listen,

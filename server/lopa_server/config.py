@@ -40,6 +40,8 @@ class ServerConfig:
     """Hugging Face id or folder of the foundation model."""
     bundle: str | Path | None = None
     """Folder of the bundle to publish; None publishes none."""
+    older_bundles: tuple[str | Path, ...] = ()
+    """Folders of bundles that devices may still fetch by their id."""
     host: str = "127.0.0.1"
     """Address to listen on. Anything but a loopback address needs insecure_listen."""
     port: int = 0

@@ -23,7 +23,15 @@ from lopa.cli.output import fail
 from lopa.errors import LopaError
 
 GROUP = "lopa.commands"
-EXTRAS = {"serve": "server", "keys": "server", "usage": "server", "top": "server", "export": "export", "demo": "demo"}
+EXTRAS = {
+    "serve": "server",
+    "keys": "server",
+    "usage": "server",
+    "top": "server",
+    "export": "export",
+    "train-encoder": "export",
+    "demo": "demo",
+}
 """What to install for commands whose parts are not in the plain package."""
 OWN: Sequence[Callable[..., None]] = (
     commands.info,

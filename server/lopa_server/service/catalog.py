@@ -48,7 +48,13 @@ class CatalogHandler:
     max_row_norm: float
     has_chat: bool
     version: str
-    bundle: PublishedBundle | None
+    bundles: tuple[PublishedBundle, ...]
+    """The current one first; older ones are only found by their id."""
+
+    @property
+    def bundle(self) -> PublishedBundle | None:
+        """The current one."""
+        return self.bundles[0] if self.bundles else None
 
     def model_info(self) -> catalog_pb2.ModelInfo:
         """GetModel's answer."""
@@ -101,9 +107,9 @@ class CatalogHandler:
         Raises:
             WireError: UNKNOWN_BUNDLE, BUNDLE_OFFSET.
         """
-        bundle = self.bundle
-        if bundle is None or request.bundle_id != bundle.id:
-            raise WireError(Reason.UNKNOWN_BUNDLE, "bundle_id", limit=bundle.id if bundle else "none", found=request.bundle_id)
+        bundle = next((known for known in self.bundles if known.id == request.bundle_id), None)
+        if bundle is None:
+            raise WireError(Reason.UNKNOWN_BUNDLE, "bundle_id", limit=self.bundle.id if self.bundle else "none", found=request.bundle_id)
         if request.offset > bundle.size:
             raise WireError(Reason.BUNDLE_OFFSET, "offset", limit=bundle.size, found=request.offset)
         position = request.offset

@@ -1,16 +1,13 @@
-"""`lopa export`. Nothing here imports torch until the command runs."""
+"""`lopa export build`: from models and a population to a bundle. Nothing here imports torch until the command runs."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
-if TYPE_CHECKING:
-    from lopa_exporters.pipeline import ExportPlan, Made
+from lopa_exporters.cli.output import TerminalReporter, failing, show
 
 Profile = Literal["factors", "heads", "prompt"]
 Composition = Literal["product", "add", "concat", "max", "none"]
@@ -19,7 +16,7 @@ Scheme = Literal["none", "fp16", "int8", "int4"]
 _METHOD, _TRAINING, _ENCODER, _SIZE = "Method", "Training from a population", "Encoder", "Quantization"
 
 
-def export(
+def build(
     fm: Annotated[str, typer.Option(help="Foundation model: a Hugging Face folder or id.")],
     out: Annotated[Path, typer.Option(help="Folder of the bundle; an older bundle there is replaced.")],
     encoder: Annotated[
@@ -43,7 +40,9 @@ def export(
     output_std: Annotated[float, typer.Option(min=0, help="Start of the heads' output weights.", rich_help_panel=_METHOD)] = 0.02,
     population: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help="JSONL: user, task, prompt, target, append_end.", rich_help_panel=_TRAINING),
+        typer.Option(
+            exists=True, dir_okay=False, help="JSONL or Parquet: user, task, prompt, target, append_end.", rich_help_panel=_TRAINING
+        ),
     ] = None,
     run: Annotated[
         Path | None, typer.Option(help="Folder of the run, to go on after an interruption; default OUT.run.", rich_help_panel=_TRAINING)
@@ -58,6 +57,12 @@ def export(
     tuning_rate: Annotated[float, typer.Option(min=0, help="Learning rate of devices, and of persons in training.")] = 1e-2,
     tuning_steps: Annotated[int, typer.Option(min=1, help="Steps that devices take by default.")] = 100,
     seed: Annotated[int, typer.Option(help="Of start values and order.")] = 0,
+    trained: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, file_okay=False, help="Run of `lopa train-encoder`; it decides encoder and method.", rich_help_panel=_TRAINING
+        ),
+    ] = None,
     quantize: Annotated[Scheme, typer.Option(help="Make the encoder smaller.", rich_help_panel=_SIZE)] = "none",
     max_loss: Annotated[
         float, typer.Option(min=0, help="Percent that a quantized encoder may raise the model's loss.", rich_help_panel=_SIZE)
@@ -78,11 +83,10 @@ def export(
     from lopa_exporters.pipeline import ExportPlan, make_bundle
     from lopa_exporters.population import PopulationConfig
     from lopa_exporters.quality import Gate
-    from lopa_exporters.verify import ExportError
 
     chatter.disable_progress_bar()
     chatter.set_verbosity_error()
-    try:
+    with failing():
         folder = resolve_folder(fm)
         own = encoder == "fm"
         plan = ExportPlan(
@@ -124,11 +128,9 @@ def export(
             quantize=quantize,
             gate=Gate(loss=max_loss / 100),
             examples=examples,
+            trained=trained,
         )
         made = make_bundle(plan, TerminalReporter())
-    except (ValueError, OSError, ExportError) as error:
-        typer.echo(f"lopa: {error}", err=True)
-        raise typer.Exit(1) from error
     show(made, plan)
 
 
@@ -144,55 +146,3 @@ def parse_corrections(text: str) -> dict[str, int]:
     if any(not name or not rank.isdecimal() for name, _, rank in pairs):
         raise ValueError(f'corrections is {text!r}; a list such as "W1u=1,W2v=2", or "none", is needed')
     return {name.strip(): int(rank) for name, _, rank in pairs}
-
-
-class TerminalReporter:
-    """Progress bars on standard error."""
-
-    @contextlib.contextmanager
-    def task(self, title: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
-        """See `lopa_exporters.pipeline.Reporter`."""
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        counted: tuple[Any, ...] = (MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[words]}")) if total else ()
-        with Progress(
-            TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), *counted, console=Console(stderr=True)
-        ) as progress:
-            task = progress.add_task(title, total=total, words="")
-            yield lambda count, words: progress.update(task, advance=count, words=words)
-            if total is None:
-                progress.update(task, total=1, completed=1)
-
-
-def show(made: Made, plan: ExportPlan) -> None:
-    """What was made, as a table; and a loud note when nothing was learned."""
-    import math
-
-    from rich.console import Console
-    from rich.table import Table
-
-    from lopa_exporters.quality import rows_of
-
-    manifest = made.bundle.manifest
-    table = Table(title=f"Bundle {manifest.id[:16]} in {made.bundle.folder}", show_header=False)
-    table.add_row("model", f"{manifest.fm.name}, hidden size {manifest.fm.hidden_size}, fingerprint {manifest.fm.fingerprint[:16]}")
-    table.add_row("encoder", f"{manifest.encoder.name}, {manifest.encoder.max_tokens} tokens")
-    table.add_row("method", f"{manifest.profile}, {manifest.composition}, m {manifest.rows}, r {manifest.rank}")
-    for name, file in manifest.files.items():
-        table.add_row(name, f"{file.size:,} bytes")
-    for spec in manifest.personal:
-        table.add_row(f"personal {spec.name}", f"{' x '.join(map(str, spec.shape))} {spec.dtype}")
-    count = sum(math.prod(spec.shape) for spec in manifest.personal)
-    size = sum(math.prod(spec.shape) * int(spec.dtype[1:]) // 8 for spec in manifest.personal)
-    table.add_row("a user owns", f"{count:,} values, {size:,} bytes")
-    if made.quality is not None:
-        for name, value in rows_of(made.quality).items():
-            table.add_row(f"quantized: {name}", value)
-        plan.out.with_name(f"{plan.out.name}.quality.json").write_text(made.quality.to_json(), encoding="utf-8")
-    Console().print(table)
-    if plan.population is None and manifest.profile == "factors":
-        Console(stderr=True).print(
-            "[bold red]No population was given: the shared heads are random.[/] Fine for a test; for users, give --population.",
-            highlight=False,
-        )

@@ -1,0 +1,72 @@
+"""A trained shared part on disk, ready to be exported: trained.safetensors and trained.json in the folder of its run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from lopa_exporters.encoder import Encoder, EncoderConfig, NoEncoder
+from lopa_exporters.lopa import LoPA, Tensors, config_from_dict, config_to_dict
+
+TENSORS, VALUES = "trained.safetensors", "trained.json"
+CONSTANTS = ("mean", "scale")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training gave. fingerprint: of the foundation model. constants: the encoder's mean and scale, (h,) each; none without one."""
+
+    fingerprint: str
+    encoder: EncoderConfig
+    lopa: LoPA
+    constants: Tensors
+
+    @classmethod
+    def of(cls, fingerprint: str, encoder: Encoder | NoEncoder, lopa: LoPA) -> Trained:
+        """From a finished run."""
+        constants = {name: getattr(encoder, name).cpu() for name in CONSTANTS} if isinstance(encoder, Encoder) else {}
+        return cls(fingerprint, encoder.config, lopa, constants)
+
+    def save(self, folder: Path) -> None:
+        """Write both files; the values last, by one rename, so that they stand for both."""
+        groups = {"shared": self.lopa.shared, "start": self.lopa.start, "encoder": self.constants}
+        save_file(
+            {f"{kind}/{name}": tensor.contiguous() for kind, group in groups.items() for name, tensor in group.items()}, folder / TENSORS
+        )
+        values = {
+            "fingerprint": self.fingerprint,
+            "encoder": dataclasses.asdict(self.encoder),
+            "method": config_to_dict(self.lopa.config),
+            "names": {"shared": list(self.lopa.shared), "start": list(self.lopa.start)},
+        }
+        staged = folder / f"{VALUES}.new"
+        staged.write_text(json.dumps(values, indent=1), encoding="utf-8")
+        staged.replace(folder / VALUES)
+
+    @classmethod
+    def load(cls, folder: Path) -> Trained:
+        """Read a finished run.
+
+        Raises:
+            ValueError: the run is not finished, or the files are not such a result. OSError: they cannot be read.
+        """
+        if not (folder / VALUES).is_file():
+            raise ValueError(f"{folder} has no {VALUES}: train it to the end with `lopa train-encoder` first")
+        try:
+            values = json.loads((folder / VALUES).read_text(encoding="utf-8"))
+            tensors = load_file(folder / TENSORS)
+            parts = {kind: {name: tensors[f"{kind}/{name}"] for name in names} for kind, names in values["names"].items()}
+            constants = {name: tensors[f"encoder/{name}"] for name in CONSTANTS if f"encoder/{name}" in tensors}
+            lopa = LoPA(config_from_dict(values["method"]), parts["shared"], parts["start"])
+            return cls(values["fingerprint"], EncoderConfig(**values["encoder"]), lopa, constants)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{folder} does not hold a trained encoder: {type(error).__name__}: {error}") from error
+
+    def apply(self, encoder: Encoder | NoEncoder) -> None:
+        """Give a freshly loaded encoder the constants of training."""
+        for name, tensor in self.constants.items():
+            getattr(encoder, name).copy_(tensor)
