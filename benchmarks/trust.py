@@ -9,8 +9,9 @@ Servers are `lopa serve` processes of lopa-nano with API keys; clients share the
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,21 +133,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer of everything")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="some parts")
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--json", type=Path, help="write the figures here; other parts' figures that are there stay")
     parser.add_argument("--work", type=Path, help="keep logs and the fuzzer's corpus in this folder")
     options = parser.parse_args()
     size = QUICK if options.quick else Size()
-    figures: Figures = {}
-    rows: list[dict[str, Any]] = []
+    rows = _others(options.json, options.only)
     with tempfile.TemporaryDirectory(prefix="lopa-trust-") as temporary:
         for name in options.only:
             print(name, flush=True)
             found = PARTS[name]((options.work or Path(temporary)) / name, size)
-            figures |= found
             rows += [{"part": name, "figure": figure, "value": value} for figure, value in found.items()]
             for figure, value in found.items():
                 print(f"  {figure:34}{value:.4g}", flush=True)
-            write(options.json, figures, rows)
+            write(options.json, {row["figure"]: row["value"] for row in rows}, rows)
+
+
+def _others(path: Path | None, parts: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows that the file has of other parts: parts may be run one by one into one file."""
+    if path is None or not path.exists():
+        return []
+    return [row for row in json.loads(path.read_text(encoding="utf-8"))["rows"] if row["part"] not in parts]
 
 
 if __name__ == "__main__":
