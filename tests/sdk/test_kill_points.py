@@ -167,4 +167,5 @@ def test_tuning(client: lopa.Client, tmp_path: Path, count: int) -> None:
             state = folder / "personas/default/tuning.safetensors"
             on_disk = json.loads(read_metadata(state.read_bytes())["progress"])["step"] if state.exists() else 0
             assert persona.version == 2 or on_disk in (told, told + 1), "at most the step under way is lost"
+            told = on_disk  # it may have died between saving a step and telling it
         assert persona.factors_path.read_bytes() == unbroken.factors_path.read_bytes()
