@@ -95,6 +95,14 @@ def test_what_is_wrong_is_found(good: Bundle, tmp_path: Path, name: str, change:
     assert name in str(failure.value) or name.removesuffix(".onnx") in str(failure.value)
 
 
+def test_graphs_in_ort_format(good: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("export", "mobile", good.folder, "--out", tmp_path / "ort") == 0
+    assert sorted(path.name for path in (tmp_path / "ort").iterdir()) == ["compose.ort", "encode.ort", "update.ort"]
+    assert (tmp_path / "ort" / "encode.ort").read_bytes()[4:8] == b"ORTM"
+    assert run("export", "mobile", good.folder, "--out", tmp_path / "ort") == 1
+    assert "exists" in capsys.readouterr().err
+
+
 def test_the_oldest_runtime_is_the_declared_one(good: Bundle) -> None:
     assert oldest_runtime() in SUPPORT
     structure = check_structure(good.path("update.onnx"))

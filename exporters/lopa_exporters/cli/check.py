@@ -1,4 +1,4 @@
-"""`lopa export verify`, `inspect`, `sign` and `keygen`: for bundles that exist. No torch."""
+"""`lopa export verify`, `inspect`, `mobile`, `sign` and `keygen`: for bundles that exist. No torch."""
 
 from __future__ import annotations
 
@@ -50,6 +50,20 @@ def inspect(bundle: BundleFolder) -> None:
             listed = ", ".join(f"{count} {operator.removeprefix('::')}" for operator, count in operators)
             rows[f"{name}: opset {structure.opset}, IR {structure.ir_version}"] = f"{structure.constants:,} bytes of weights; {listed}"
     print_table(f"Bundle {opened.manifest.id}", rows)
+
+
+def mobile(
+    bundle: BundleFolder,
+    out: Annotated[Path, typer.Option(help="New folder for encode.ort, compose.ort and update.ort.")],
+) -> None:
+    """Write a bundle's graphs in ORT format, for ONNX Runtime's smaller builds on phones."""
+    from lopa.bundle import Bundle
+
+    from lopa_exporters.mobile import convert
+
+    with failing():
+        for path in convert(Bundle.open(bundle), out):
+            typer.echo(f"{path}: {path.stat().st_size:,} bytes")
 
 
 def keygen(key: KeyFile) -> None:
