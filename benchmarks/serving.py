@@ -77,14 +77,19 @@ def start_peers(names: Sequence[str], job: Job, folder: Path, vllm: Path, report
             starting[name] = PeerProcess.start(name, python, job, folder / f"{name}.log", environment)
         else:
             report.rows.append({"name": name, "missing": "no virtual environment for vLLM: scripts/make_vllm_venv.sh makes it"})
-    for name, peer in starting.items():
-        try:
-            peer.built()
-            peers[name] = peer
-            report.say(f"{name} is ready")
-        except PeerFailed as error:
-            report.rows.append({"name": name, "missing": str(error)[-500:]})
-            report.say(f"{name} can't be measured: {error}")
+    try:
+        for name, peer in starting.items():
+            try:
+                peer.built()
+                peers[name] = peer
+                report.say(f"{name} is ready")
+            except PeerFailed as error:
+                report.rows.append({"name": name, "missing": str(error)[-500:]})
+                report.say(f"{name} can't be measured: {error}")
+    except BaseException:
+        for peer in starting.values():
+            peer.end()
+        raise
     return peers
 
 
