@@ -40,11 +40,13 @@ METHOD = LoPAConfig(
     z_gain=0.3,  # about three times the embeddings' root mean square: prompt tuning needs rows that go far
     corrections={"W1u": 2, "W2u": 4, "W1v": 2, "W2v": 8},
     inner_std=0.045,
-    output_std=0.2,
+    output_std=0.07,  # the gate starts open to both sides: with 0.2 it is saturated at this width, and hardly learns
     dropout=0.05,
 )
-TUNING = TuningDefaults(learning_rate=3e-2, steps=150, batch_size=8)
+TUNING = TuningDefaults(learning_rate=3e-2, steps=150, batch_size=16)
 TEST_ITEMS = 48
+PREFIX_BYTES = 5 << 30
+"""Memory for what the model read of the population's snippets."""
 
 
 def develop(fm: FrozenModel, dataset: Dataset, lopa: LoPA, tuning: TuningDefaults, persons: Sequence[int]) -> list[dict[str, object]]:
@@ -77,7 +79,7 @@ def main() -> None:
     parser.add_argument("--people", type=Path, default=Path("build/people"), help="folder made by people.py")
     parser.add_argument("--out", type=Path, default=Path("build/lopa_nano_bundle"))
     parser.add_argument("--run", type=Path, default=Path("build/lopa_nano_bundle.run"))
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--persons", type=int, default=4, help="in one step")
     parser.add_argument("--shared-rate", type=float, default=2e-3)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="train under bfloat16 autocast")
@@ -95,7 +97,7 @@ def main() -> None:
     encoder_config = EncoderConfig(folder=str(args.encoder), name="lopa-nano-encoder")
     plan = ExportPlan(fm=args.fm, out=args.out, encoder=encoder_config, method=METHOD, gain_from_vocabulary=False, bf16=args.bf16)
     reporter = TerminalReporter()
-    fm = FrozenModel.load(plan.fm, bf16=plan.bf16)
+    fm = FrozenModel.load(plan.fm, bf16=plan.bf16, prefix_bytes=PREFIX_BYTES)
     encoder = load_encoder(plan.encoder, plan.method, fm)
     if not isinstance(encoder, Encoder):
         raise SystemExit("the method needs an encoder")

@@ -17,8 +17,10 @@ from pathlib import Path
 
 from lopa.demo.users import HELD_OUT, TASKS, NoSuchUser, TaskSizes, build_task
 
-COMPLETION_EVERY = 3
+COMPLETION_EVERY = 6
 """Completion has little to learn and costs most to train on: every so-many-th package of the population takes part with it."""
+POPULATION_ITEMS = 160
+"""Examples of each person of the population at most: persons count, and what the model read of each example stays in memory."""
 
 
 def main() -> None:
@@ -38,13 +40,13 @@ def main() -> None:
         raise SystemExit(f"held-out users are in the population: {', '.join(sorted(overlap))}")
     split = json.loads((Path(__file__).parent / "split.json").read_text())
     args.out.mkdir(parents=True, exist_ok=True)
-    for role, completion_every in (("population", COMPLETION_EVERY), ("development", 1)):
+    for role, completion_every, most in (("population", COMPLETION_EVERY, POPULATION_ITEMS), ("development", 1, None)):
         chosen = {user: packages[user] for user in split[role] if user in packages}
-        write(args.out / f"{role}.jsonl", chosen, completion_every, args.seed)
+        write(args.out / f"{role}.jsonl", chosen, completion_every, most, args.seed)
 
 
-def write(path: Path, packages: dict[str, dict[str, str]], completion_every: int, seed: int) -> None:
-    """The tasks of every package that has enough code, tuning items first."""
+def write(path: Path, packages: dict[str, dict[str, str]], completion_every: int, most: int | None, seed: int) -> None:
+    """The tasks of every package that has enough code, tuning items first. most: examples of each person, None for all."""
     persons, rows = 0, 0
     with path.open("w") as out:
         for number, (user, modules) in enumerate(packages.items()):
@@ -57,7 +59,7 @@ def write(path: Path, packages: dict[str, dict[str, str]], completion_every: int
                     print(f"left out: {error}")
                     continue
                 persons += 1
-                for item in (*data.tuning, *data.test):
+                for item in (*data.tuning, *data.test)[:most]:
                     out.write(json.dumps({"user": user, "task": task, **asdict(item)}) + "\n")
                     rows += 1
     print(f"{path}: {persons} persons, {rows} examples")

@@ -7,6 +7,8 @@ Legend: b pairs, m soft-prompt rows, d hidden size, f prefix positions, t positi
 
 from __future__ import annotations
 
+import dataclasses
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,30 @@ class TokenPair:
     def __len__(self) -> int:
         """Positions without soft rows."""
         return len(self.prefix) + len(self.prompt) + len(self.target)
+
+
+class PrefixStore:
+    """Keys and values of prefixes that were read before, so that a population's examples are read once and not once an epoch.
+
+    Holds at most `limit` bytes; the prefixes that were not used for longest go first.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.nbytes = limit, 0
+        self._rows: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
+
+    def get(self, prefix: Sequence[int]) -> Tensor | None:
+        """(layers, 2, heads, f, e), or None."""
+        row = self._rows.get(tuple(prefix))
+        if row is not None:
+            self._rows.move_to_end(tuple(prefix))
+        return row
+
+    def put(self, prefix: Sequence[int], row: Tensor) -> None:
+        self._rows[tuple(prefix)] = row
+        self.nbytes += row.nbytes
+        while self.nbytes > self.limit:
+            self.nbytes -= self._rows.popitem(last=False)[1].nbytes
 
 
 @dataclass(frozen=True)
@@ -64,10 +90,12 @@ class FrozenModel:
     """Autocast to bfloat16: faster, not exact."""
     max_rows: int = 16
     """Pairs in one forward pass; more are split by length, so that little padding is computed."""
+    prefixes: PrefixStore = dataclasses.field(default_factory=lambda: PrefixStore(0), compare=False)
+    """What was read before; by default nothing is kept."""
 
     @classmethod
-    def load(cls, folder: Path | str, *, bf16: bool = False, device: str | None = None) -> FrozenModel:
-        """Weights in float32 unless `bf16` on CUDA.
+    def load(cls, folder: Path | str, *, bf16: bool = False, device: str | None = None, prefix_bytes: int = 0) -> FrozenModel:
+        """Weights in float32 unless `bf16` on CUDA. prefix_bytes: memory for keys and values of prefixes, see `PrefixStore`.
 
         Raises:
             OSError, ValueError: not a causal language model that transformers can load.
@@ -77,7 +105,7 @@ class FrozenModel:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = torch.bfloat16 if bf16 and place.type == "cuda" else torch.float32
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(place).eval().requires_grad_(False)
-        return cls(model, AutoTokenizer.from_pretrained(folder), place, bf16)
+        return cls(model, AutoTokenizer.from_pretrained(folder), place, bf16, prefixes=PrefixStore(prefix_bytes))
 
     @property
     def hidden(self) -> int:
@@ -135,20 +163,35 @@ class FrozenModel:
         nll = zeros.index_add(0, owners, functional.cross_entropy(logits, wanted, reduction="none"))
         return nll, zeros.index_add(0, owners, (logits.argmax(dim=-1) != wanted).float()) == 0
 
-    @torch.no_grad()
     def _read(self, prefixes: Sequence[Sequence[int]]) -> _Past:
         """Keys and values of prefixes. Padded on the left, so that what follows has its true distance to every token."""
+        from transformers import DynamicCache
+
+        rows = [self.prefixes.get(prefix) for prefix in prefixes]
+        missing = [i for i, row in enumerate(rows) if row is None]
+        for i, row in zip(missing, self._compute([prefixes[i] for i in missing]) if missing else (), strict=True):
+            rows[i] = row
+            self.prefixes.put(prefixes[i], row)
         width = max(map(len, prefixes))
-        ids = torch.zeros((len(prefixes), width), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, prefix in enumerate(prefixes):
-            ids[row, width - len(prefix) :] = torch.tensor(prefix)
-            mask[row, width - len(prefix) :] = 1
-        ids, mask = ids.to(self.device), mask.to(self.device)
+        padded = torch.stack([functional.pad(row, (0, 0, width - row.shape[3], 0)) for row in rows if row is not None], dim=2)
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(padded):
+            cache.update(keys, values, layer)
+        return _Past(cache, _left_padded([[1] * len(prefix) for prefix in prefixes]).to(self.device))
+
+    @torch.no_grad()
+    def _compute(self, prefixes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Read prefixes: (layers, 2, heads, f, e) each."""
+        from transformers import DynamicCache
+
+        ids = _left_padded(prefixes).to(self.device)
+        mask = _left_padded([[1] * len(prefix) for prefix in prefixes]).to(self.device)
         positions = (mask.cumsum(1) - 1).clamp_min(0)
+        cache = DynamicCache()
         with self._autocast():
-            states = self.model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
-        return _Past(states.past_key_values, mask)
+            self.model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        whole = torch.stack([torch.stack((layer.keys, layer.values)) for layer in cache.layers])
+        return [whole[:, :, row, :, ids.shape[1] - len(prefix) :].clone() for row, prefix in enumerate(prefixes)]
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -175,3 +218,9 @@ class FrozenModel:
                 return self.model(inputs_embeds=embeds, **inputs).logits[0].float()
         finally:
             handle.remove()
+
+
+def _left_padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """(b, longest) int64, zeros before shorter rows."""
+    width = max(map(len, rows))
+    return torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from lopa_exporters.cohort import Cohort, StepSettings, soft_prompts
-from lopa_exporters.frozen import FrozenModel, TokenPair
+from lopa_exporters.frozen import FrozenModel, PrefixStore, TokenPair
 from lopa_exporters.lopa import LoPA, soft_prompt
 
 PAIRS = [
@@ -25,8 +25,16 @@ def fm(fm_folder: Path) -> FrozenModel:
     return FrozenModel.load(fm_folder, device="cpu")
 
 
-def test_losses_and_gradients_are_those_of_each_pair_alone(fm: FrozenModel) -> None:
-    fm = FrozenModel(fm.model, fm.tokenizer, fm.device, bf16=False, max_rows=3)
+@pytest.mark.parametrize("kept", [0, 3000, 1 << 20])
+def test_losses_and_gradients_are_those_of_each_pair_alone(fm: FrozenModel, kept: int) -> None:
+    """Whatever is kept of prefixes: nothing, too little for all of them, or everything."""
+    fm = FrozenModel(fm.model, fm.tokenizer, fm.device, bf16=False, max_rows=3, prefixes=PrefixStore(kept))
+    for _ in range(2):
+        _check_losses(fm)
+        assert fm.prefixes.nbytes <= kept
+
+
+def _check_losses(fm: FrozenModel) -> None:
     soft = (0.3 * torch.randn(6, 5, 32, generator=torch.Generator().manual_seed(0))).requires_grad_()
     losses = fm.losses(soft, PAIRS)
     losses.nll.sum().backward()
