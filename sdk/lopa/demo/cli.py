@@ -12,7 +12,7 @@ import typer
 
 def demo(
     users: Annotated[int, typer.Option(help="How many held-out packages play a user.", min=2, max=14)] = 8,
-    steps: Annotated[int | None, typer.Option(help="Tuning steps a task (default: 50 for completion, 170 for filing).", min=1)] = None,
+    steps: Annotated[int | None, typer.Option(help="Tuning steps a task (default: 50 for completion, 200 for filing).", min=1)] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the figures here (PNG, SVG or PDF).")] = None,
     folder: Annotated[Path | None, typer.Option(help="Keep the users' folders here (default: a temporary folder).")] = None,

@@ -11,20 +11,33 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lopa
 from lopa.demo.users import Item, TaskData, load_task
+from lopa.values import Placement
 
 if TYPE_CHECKING:
     from lopa.client import Client
     from lopa.persona import Persona
 
-STEPS = {"completion": 50, "filing": 170}
-"""Tuning steps by task: completion has little to learn, filing has to learn the user's own answers."""
-VALIDATION, VALIDATE_EVERY = 0.1, 30
-"""The share of tuning items that is held back to measure on, and the steps between measurements."""
+VALIDATION = 0.1
+"""The share of tuning items that is held back to measure on."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a task is tuned. Completion has little to learn and long targets; filing has to learn the user's own answers."""
+
+    steps: int
+    batch_size: int
+    placement: Placement
+    validate_every: int
+
+
+PLANS = {"completion": Plan(50, 8, "front", 25), "filing": Plan(200, 16, "after_prefix", 40)}
 
 
 def examples(items: Sequence[Item]) -> list[lopa.Example]:
@@ -76,16 +89,9 @@ def run_task(client: Client, folder: Path, data: TaskData, steps: int | None) ->
     def on_step(progress: lopa.TuneProgress) -> None:
         say("step", user=data.user, task=data.task, step=progress.step, steps=progress.steps, nll=progress.loss)
 
-    steps = steps or STEPS[data.task]
+    plan = PLANS[data.task] if steps is None else replace(PLANS[data.task], steps=steps)
     filing = data.task == "filing"
-    report = persona.tune(
-        examples(data.tuning),
-        steps=steps,
-        validation=VALIDATION,
-        validate_every=VALIDATE_EVERY,
-        placement="after_prefix" if filing else "front",
-        on_step=on_step,
-    )
+    report = persona.tune(examples(data.tuning), validation=VALIDATION, on_step=on_step, **asdict(plan))
     say(
         "done",
         user=data.user,
@@ -111,7 +117,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--user", required=True)
     parser.add_argument("--task", action="append", required=True)
-    parser.add_argument("--steps", type=int, help=f"default: {STEPS}")
+    parser.add_argument("--steps", type=int, help="default: as the task's plan says")
     args = parser.parse_args()
     try:
         with lopa.connect(args.address) as client:

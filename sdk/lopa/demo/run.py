@@ -39,7 +39,7 @@ class DemoError(lopa.LopaError):
 class DemoOptions:
     users: int = 8
     steps: int | None = None
-    """Tuning steps a task; None stands for `lopa.demo.device.STEPS`."""
+    """Tuning steps a task; None stands for what `lopa.demo.device.PLANS` says."""
     folder: Path | None = None
     """Where the users' folders go; None for a temporary one."""
 
