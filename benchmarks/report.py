@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "onnxruntime", "grpcio", "numpy")
+PACKAGES = ("torch", "transformers", "peft", "onnxruntime", "grpcio", "numpy")
 
 
 def machine() -> dict[str, Any]:
