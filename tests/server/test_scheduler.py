@@ -205,6 +205,25 @@ def test_every_pair_is_computed_once_within_the_budget(lengths: list[int], budge
     assert sorted(seen) == sorted((name, index) for name, part in jobs.items() for index in range(len(part)))
 
 
+@pytest.mark.parametrize(("token_seconds", "pairs"), [(0.01, 1), (0.1, 1), (0.5, 5)])
+def test_beside_streams_a_micro_batch_takes_about_as_long_as_their_step(token_seconds: float, pairs: int) -> None:
+    """At the measured pace of 0.1 s a pair; alone, pairs fill the whole micro-batch."""
+    scheduler = Scheduler(SchedulerLimits(pair_positions=640))
+    scheduler.add_pairs("flood", GRADIENTS, _costs(*[64] * 40))
+    alone = _pair_step(scheduler)
+    assert len(alone.rows) == 10
+    scheduler.record(alone, 1.0)
+    scheduler.add(_sequence("stream", 5))
+    while not isinstance(step := scheduler.next_step(), PairStep):
+        _compute(scheduler, step)
+        assert step is not None
+        scheduler.record(step, token_seconds)
+    assert len(step.rows) == pairs
+    scheduler.remove("stream")
+    assert len(_pair_step(scheduler).rows) == 10
+
+
+
 def test_a_pair_prefix_is_computed_once_and_its_last_block_may_be_half_full() -> None:
     scheduler, shared = Scheduler(SchedulerLimits()), tuple(range(21))
     costs = [_prefixed(shared, 6), _prefixed(shared, 7), _prefixed(shared, 6, salt=b"other"), _prefixed((*shared, 9), 6)]

@@ -64,6 +64,8 @@ class PairStep:
 
     kind: PairKind
     rows: tuple[PairRow, ...]
+    positions: int = 0
+    """Positions that it computes, padding not counted."""
 
 
 @dataclass
@@ -108,9 +110,10 @@ class PairQueue:
         if job is not None:
             self._turns[job.low_priority].remove(job_id)
 
-    def next_step(self, blocks: BlockManager) -> PairStep:
+    def next_step(self, blocks: BlockManager, most: int | None = None) -> PairStep:
         """A pair of the call whose turn it is, and pairs of similar length from every call of its kind. There must be one.
 
+        most: positions in this micro-batch, where that is less than what the queue's own limit allows; one pair alone may exceed it.
         Each tenant is charged for what it gets, so that the one that has had least leads the next micro-batch.
         """
         first_id = (self._turns[False].candidates() or self._turns[True].candidates())[0]
@@ -119,18 +122,22 @@ class PairQueue:
         jobs = {name: job for name, job in self._jobs.items() if (job.kind, job.low_priority) == alike}
         waiting = (((name, index), job.costs[index].rest) for name, job in jobs.items() for index in job.pending)
         anchor = (first_id, next(iter(first.pending)))
-        chosen = similar_lengths(islice(waiting, CANDIDATES), anchor, self._positions, self._similar)
-        rows = self._with_prefixes(self._within_targets(chosen), blocks)
+        budget = self._positions if most is None else min(most, self._positions)
+        chosen = similar_lengths(islice(waiting, CANDIDATES), anchor, budget, self._similar)
+        rows = self._with_prefixes(self._within_targets(chosen), blocks, budget)
+        computed = 0
         turns = self._turns[first.low_priority]
         for row in rows:
             job = self._jobs[row.job]
-            turns.charge(job.tenant, prompt_tokens=job.costs[row.index].positions - row.cached, generated_tokens=0)
+            fresh = job.costs[row.index].positions - row.cached
+            computed += fresh
+            turns.charge(job.tenant, prompt_tokens=fresh, generated_tokens=0)
             del job.pending[row.index]
             if not job.pending:
                 self.remove(row.job)
         if first_id in self._jobs:
             turns.rotate(first_id)
-        return PairStep(first.kind, tuple(rows))
+        return PairStep(first.kind, tuple(rows), computed)
 
     def _within_targets(self, pairs: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
         """The first pairs whose target tokens stay within the limit; at least one."""
@@ -143,10 +150,9 @@ class PairQueue:
             kept.append((name, index))
         return kept
 
-    def _with_prefixes(self, pairs: Sequence[tuple[str, int]], blocks: BlockManager) -> list[PairRow]:
+    def _with_prefixes(self, pairs: Sequence[tuple[str, int]], blocks: BlockManager, left: int) -> list[PairRow]:
         """Blocks for the prefixes, as far as the pool and the budget of positions go; at least one pair."""
         rows: list[PairRow] = []
-        left = self._positions
         for name, index in pairs:
             cost = self._jobs[name].costs[index]
             left -= cost.rest

@@ -10,7 +10,8 @@ Blocks are handed out as sequences grow. When the pool is empty, the request tha
 is computed again later: admitted work never fails for want of room.
 
 Interactive work goes first but no work starves: when both kinds are waiting, interactive work gets `interactive_share` of
-the time, measured, and a single row never waits longer than one micro-batch.
+the time, measured. A single row never waits longer than one micro-batch, and while streams run a micro-batch is kept so
+small that at the measured pace it takes no longer than a step of theirs, or holds one pair.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from lopa_server.engine.pair_queue import PairCost, PairKind, PairQueue, PairSte
 from lopa_server.engine.sequences import SequenceState
 from lopa_server.engine.waiting import WaitingQueue, WaitingRequest
 
+SMOOTHING = 0.2
+"""Weight of the newest step in a running mean."""
 SMALLEST_STEP = 64
 """Positions. A device without memory for so few has none for anything."""
 
@@ -98,6 +101,10 @@ class Scheduler:
         self._pairs = PairQueue(positions=limits.pair_positions, targets=limits.pair_targets, similar=limits.similar, weight=limits.weight)
         self._interactive_credit = 0.0
         """Seconds that interactive work may still take before pairs have their turn."""
+        self._token_seconds = 0.0
+        """How long a step of streams takes: a running mean."""
+        self._pair_pace: dict[PairKind, float] = {}
+        """Seconds a position of a pair, likewise; by kind, once measured."""
         self.preemptions = 0
         self.hit_tokens = 0
         """Prompt positions that the prefix cache spared."""
@@ -156,7 +163,7 @@ class Scheduler:
         """The next step, or None when there is nothing to do. What it names counts as computed."""
         interactive = bool(self._known)
         if self._pairs and (not interactive or self._interactive_credit <= 0):
-            return self._pairs.next_step(self.blocks)
+            return self._pairs.next_step(self.blocks, self._positions_beside_streams() if self._running else None)
         return self._token_step() if interactive else None
 
     def shrink(self, step: Step) -> None:
@@ -173,8 +180,17 @@ class Scheduler:
         if isinstance(step, PairStep):
             share = self._limits.interactive_share
             self._interactive_credit = seconds * share / (1 - share)
+            if step.positions:
+                pace = seconds / step.positions
+                self._pair_pace[step.kind] = _mean(self._pair_pace.get(step.kind, pace), pace)
         else:
             self._interactive_credit -= seconds
+            self._token_seconds = _mean(self._token_seconds or seconds, seconds)
+
+    def _positions_beside_streams(self) -> int:
+        """Positions of pairs that take about as long as one step of streams; the slower kind's pace counts."""
+        slowest = max(self._pair_pace.values(), default=0.0)
+        return int(self._token_seconds / slowest) if slowest else self._limits.pair_positions
 
     def end_pairs(self, step: PairStep, *, reliable: bool = True) -> None:
         """A micro-batch is over: its prefixes' blocks are free again. reliable: as in `remove`."""
@@ -247,3 +263,8 @@ class Scheduler:
         needed = sequence.missing(self.blocks, len(sequence.content)) - len(found) + self.blocks.idle(found)
         promised = sum(row.missing(self.blocks, len(row.content)) + 1 for row in self._running.values())
         return not self._running or needed + promised <= self.blocks.free
+
+
+def _mean(mean: float, value: float) -> float:
+    """A running mean that follows changes within some ten steps."""
+    return mean + SMOOTHING * (value - mean)
