@@ -223,7 +223,6 @@ def test_beside_streams_a_micro_batch_takes_about_as_long_as_their_step(token_se
     assert len(_pair_step(scheduler).rows) == 10
 
 
-
 def test_a_pair_prefix_is_computed_once_and_its_last_block_may_be_half_full() -> None:
     scheduler, shared = Scheduler(SchedulerLimits()), tuple(range(21))
     costs = [_prefixed(shared, 6), _prefixed(shared, 7), _prefixed(shared, 6, salt=b"other"), _prefixed((*shared, 9), 6)]
