@@ -14,10 +14,8 @@ class EventWriter:
     """Copies new lines of the run's log to TensorBoard as they come; those up to step `done` were copied by an earlier run."""
 
     def __init__(self, folder: Path, done: int) -> None:
-        from tensorboardX import SummaryWriter
-
-        self._path, self._done, self._offset = folder / LOG, done, 0
-        self._writer = SummaryWriter(str(folder / EVENTS), purge_step=done + 1)
+        self._path, self._events, self._done, self._offset = folder / LOG, folder / EVENTS, done, 0
+        self._writer: Any = None
 
     def follow(self) -> None:
         """Copy what is new."""
@@ -29,11 +27,20 @@ class EventWriter:
                 self._offset += len(line)
                 row = json.loads(line)
                 for key in NAMES.keys() & row.keys() if row["step"] > self._done else ():
-                    self._writer.add_scalar(NAMES[key], row[key], row["step"])
+                    self._open().add_scalar(NAMES[key], row[key], row["step"])
 
     def close(self) -> None:
         """Write what is buffered."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _open(self) -> Any:
+        """The writer, made for the first value: event files are named by the second, so an idle run could take another one's name."""
+        from tensorboardX import SummaryWriter
+
+        if self._writer is None:
+            self._writer = SummaryWriter(str(self._events), purge_step=self._done + 1)
+        return self._writer
 
 
 def plot(folder: Path) -> Path:
