@@ -6,6 +6,7 @@ prefix, at the front when there is none. Each (user, task) is one person with pe
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -46,10 +47,10 @@ def read_examples(path: Path) -> list[Example]:
         DataError: a line that is not such an object, an unknown field, a wrong type, an empty prompt or target; or no lines.
     """
     if path.suffix == ".parquet":
-        examples = [_example(lambda row=row: row, f"{path}, row {number}") for number, row in enumerate(_parquet_rows(path), 1)]
+        examples = [_example(functools.partial(dict, row), f"{path}, row {number}") for number, row in enumerate(_parquet_rows(path), 1)]
     else:
         with path.open(encoding="utf-8") as file:
-            examples = [_example(lambda line=line: json.loads(line), f"{path}, line {number}") for number, line in enumerate(file, 1)]
+            examples = [_example(functools.partial(json.loads, line), f"{path}, line {number}") for number, line in enumerate(file, 1)]
     if not examples:
         raise DataError(f"{path} has no examples")
     return examples

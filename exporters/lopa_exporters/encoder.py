@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ class Encoder(nn.Module):
         if config.pooling == "auto":
             chosen = author_pooling(config.folder)
             config = dataclasses.replace(config, pooling=chosen.kind, normalize=chosen.normalize)
-        backbone = load_backbone(config.folder, config.layers, config.pooling)
+        backbone: Any = load_backbone(config.folder, config.layers, config.pooling)
         positions = positions_of(backbone)
         if positions is not None and config.max_tokens > positions:
             raise ValueError(f"max_tokens is {config.max_tokens}; the encoder {config.label} has {positions} positions")

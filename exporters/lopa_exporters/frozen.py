@@ -104,7 +104,8 @@ class FrozenModel:
 
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = torch.bfloat16 if bf16 and place.type == "cuda" else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(place).eval().requires_grad_(False)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = model.to(place).eval().requires_grad_(False)
         return cls(model, AutoTokenizer.from_pretrained(folder), place, bf16, prefixes=PrefixStore(prefix_bytes))
 
     @property
@@ -174,7 +175,7 @@ class FrozenModel:
             self.prefixes.put(prefixes[i], row)
         width = max(map(len, prefixes))
         padded = torch.stack([functional.pad(row, (0, 0, width - row.shape[3], 0)) for row in rows if row is not None], dim=2)
-        cache = DynamicCache()
+        cache: Any = DynamicCache()
         for layer, (keys, values) in enumerate(padded):
             cache.update(keys, values, layer)
         return _Past(cache, _left_padded([[1] * len(prefix) for prefix in prefixes]).to(self.device))
@@ -187,7 +188,7 @@ class FrozenModel:
         ids = _left_padded(prefixes).to(self.device)
         mask = _left_padded([[1] * len(prefix) for prefix in prefixes]).to(self.device)
         positions = (mask.cumsum(1) - 1).clamp_min(0)
-        cache = DynamicCache()
+        cache: Any = DynamicCache()
         with self._autocast():
             self.model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
         whole = torch.stack([torch.stack((layer.keys, layer.values)) for layer in cache.layers])

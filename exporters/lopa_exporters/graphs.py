@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lopa_exporters.lopa import LoPA, Tensors, soft_prompt
+from lopa_exporters.structure import ExportError
 
 OPSET = 18
 """Known to every ONNX Runtime from 1.14 on, in browsers and on phones too."""
@@ -64,7 +65,7 @@ def update_function(lopa: LoPA) -> Flat:
         values = dict(zip([*update_input_names(lopa), *lopa.shared], inputs, strict=True))
         shared = {name: values[name] for name in lopa.shared}
         personal = {name: values[name] for name in names}
-        _, vjp = torch.func.vjp(lambda tensors: soft_prompt(lopa.config, shared, tensors, values[INSTANCE]), personal)
+        _, vjp, *_ = torch.func.vjp(lambda tensors: soft_prompt(lopa.config, shared, tensors, values[INSTANCE]), personal)
         (gradients,) = vjp(values["gradient"])
         norm = torch.stack([gradients[name].square().sum() for name in names]).sum().sqrt()
         scale = (values["clip"] / (norm + 1e-6)).clamp(max=1.0)
@@ -196,6 +197,8 @@ def _export(
             verbose=False,
             dynamo=True,
         )
+    if program is None:
+        raise ExportError("torch.onnx.export gave no program")
     model = strip(program.model_proto)
     order_gelu(model)
     _name_axes(model.graph, axes)

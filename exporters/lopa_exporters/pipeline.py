@@ -156,7 +156,7 @@ def make_shrinker(plan: ExportPlan, fm: FrozenModel, encoder: Encoder | NoEncode
         held = np.concatenate(split_rows(persons_of(everybody)[1], plan.training.validation)[1])
         examples = spread([everybody[i] for i in held] or everybody)
     else:
-        examples = PROBES
+        examples = list(PROBES)
     dataset = build_dataset(examples, fm, encoder, soft_rows=lopa.config.soft_prompt_rows, standardize=False)
     return Shrinker(plan.quantize, encoder, lopa, fm, examples, dataset, plan.gate)
 

@@ -6,6 +6,7 @@ Legend: n texts, h encoder width, m soft-prompt rows, d hidden size, r rank.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import tempfile
@@ -28,7 +29,7 @@ from lopa_exporters.graphs import INSTANCE, export_encode
 from lopa_exporters.lopa import LoPA, LoPAConfig, init_lopa, instance_factors
 from lopa_exporters.probes import PROBES
 from lopa_exporters.quantize import Inputs, quantize, session_of
-from lopa_exporters.verify import ExportError
+from lopa_exporters.structure import ExportError
 
 LENGTHS = (32, 128, 256)
 """Tokens at which latency is measured."""
@@ -195,7 +196,7 @@ def measure_latency(original: Path, smaller: Path, max_tokens: int) -> tuple[Lat
     for tokens in (length for length in LENGTHS if length <= max_tokens):
         shape = (1, tokens)
         feeds = {"input_ids": np.arange(tokens, dtype=np.int64).reshape(shape) % 100, "attention_mask": np.ones(shape, np.int64)}
-        slow, fast = (_milliseconds(lambda session=session, feeds=feeds: session.run(None, feeds)) for session in sessions)
+        slow, fast = (_milliseconds(functools.partial(session.run, None, feeds)) for session in sessions)
         results.append(Latency(tokens, fast, slow))
     return tuple(results)
 

@@ -14,6 +14,7 @@ import tempfile
 import threading
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -69,7 +70,7 @@ class ServerApp:
         self._gate: Gate | None = None
         self._meter: Meter | None = None
         self._observability: Observability | None = None
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
         self._handlers = Handlers()
         self._server: grpc.aio.Server | None = None
         self._health_server: grpc.aio.Server | None = None
@@ -149,7 +150,7 @@ class ServerApp:
         self._meter = meter
         return meter
 
-    async def _doors(self) -> list[grpc.aio.ServerInterceptor]:
+    async def _doors(self) -> list[grpc.aio.ServerInterceptor[Any, Any]]:
         """What keeps strangers out, where identity is on."""
         if not self._config.access.identified:
             return []

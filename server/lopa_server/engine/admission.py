@@ -6,7 +6,7 @@ its own. Times are seconds on one monotonic clock.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -98,7 +98,7 @@ class Admission:
         self._waiting: Counter[str] = Counter()
         """Tokens that wait, by tenant."""
         self._waiting_tokens = 0
-        self._waiting_work: Counter[str] = Counter()
+        self._waiting_work: defaultdict[str, float] = defaultdict(float)
         """The same as work, if all that may be written is written."""
         self._pace = Pace()
         self._written, self._allowed = 0.0, 0.0

@@ -156,12 +156,11 @@ class PairQueue:
         for name, index in pairs:
             cost = self._jobs[name].costs[index]
             left -= cost.rest
-            row: PairRow | None = PairRow(name, index)
-            if cost.content is not None:
-                row = _with_prefix(row, cost, cost.content, blocks, left if rows else None)
+            bare = PairRow(name, index)
+            row = bare if cost.content is None else _with_prefix(bare, cost, cost.content, blocks, left if rows else None)
             if row is None and not rows:
                 self.whole += 1
-                return [PairRow(name, index)]
+                return [bare]
             if row is None:
                 break
             left -= row.prefix - row.cached

@@ -21,7 +21,8 @@ def split_mix(state: UInt64, count: UInt64) -> UInt64:
         mixed = state + (count + np.uint64(1)) * GOLDEN
         mixed = (mixed ^ (mixed >> np.uint64(30))) * _FIRST
         mixed = (mixed ^ (mixed >> np.uint64(27))) * _SECOND
-    return mixed ^ (mixed >> np.uint64(31))
+    result: UInt64 = mixed ^ (mixed >> np.uint64(31))
+    return result
 
 
 def uniform(state: UInt64, count: UInt64) -> NDArray[np.float64]:

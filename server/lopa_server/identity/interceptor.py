@@ -20,7 +20,7 @@ Admit = Callable[[Any], Awaitable[None]]
 Decode = Callable[[bytes], Any]
 
 
-class Door(grpc.aio.ServerInterceptor):
+class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
     """Wraps every method but the open ones. Put it first: interceptors before it see strangers."""
 
     def __init__(self, authenticator: Authenticator) -> None:

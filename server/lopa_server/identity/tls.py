@@ -35,7 +35,7 @@ class CertificateFiles:
         """
         self._seen = self._state()
         first = self._load()
-        return grpc.dynamic_ssl_server_credentials(first, self._changed, self._authority is not None)
+        return grpc.dynamic_ssl_server_credentials(first, self._changed, self._authority is not None)  # type: ignore[arg-type]  # None is documented
 
     def _changed(self) -> grpc.ServerCertificateConfiguration | None:
         """A new configuration, or None to go on with the last one. Files that can't be used change nothing, and are logged."""

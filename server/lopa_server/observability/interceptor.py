@@ -42,7 +42,7 @@ class WatchedContext:
         await self._context.abort_with_status(status)
 
 
-class Observer(grpc.aio.ServerInterceptor):
+class Observer(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
     """Feeds `Metrics`."""
 
     def __init__(self, metrics: Metrics, streams: Collection[str] = ("/lopa.v1.Inference/Generate",)) -> None:

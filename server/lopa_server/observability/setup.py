@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
@@ -25,7 +25,7 @@ class Observability:
         Raises:
             ConfigError: the metrics' port is taken, or what tracing needs is not installed.
         """
-        self.interceptors: list[grpc.aio.ServerInterceptor] = []
+        self.interceptors: list[grpc.aio.ServerInterceptor[Any, Any]] = []
         """To be put before all others."""
         self.metrics_address = ""
         """host:port of the metrics page, when there is one."""

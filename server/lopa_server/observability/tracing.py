@@ -34,7 +34,7 @@ def exporting_provider(version: str) -> TracerProvider:
     return provider
 
 
-class Tracing(grpc.aio.ServerInterceptor):
+class Tracing(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
     """A span for every call."""
 
     def __init__(self, provider: TracerProvider) -> None:

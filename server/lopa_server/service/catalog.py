@@ -86,7 +86,7 @@ class CatalogHandler:
             server_version=self.version,
         )
 
-    def _features(self) -> list[catalog_pb2.Feature]:
+    def _features(self) -> list[catalog_pb2.Feature.ValueType]:
         features = [
             catalog_pb2.FEATURE_GENERATE,
             catalog_pb2.FEATURE_SCORE,

@@ -18,7 +18,7 @@ class Undecodable:
     """Full name of the method that was called, `/lopa.v1.Inference/Generate`."""
 
 
-class TolerantDecoding(grpc.aio.ServerInterceptor):
+class TolerantDecoding(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
     """Makes the methods of some services take `Undecodable` where their request can't be decoded."""
 
     def __init__(self, services: Collection[str]) -> None:
@@ -35,7 +35,8 @@ class TolerantDecoding(grpc.aio.ServerInterceptor):
 
         def tolerant(data: bytes) -> Message | Undecodable:
             try:
-                return decode(data)
+                message: Message = decode(data)
+                return message
             except DecodeError:
                 return Undecodable(method)
 

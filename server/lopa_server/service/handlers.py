@@ -115,7 +115,7 @@ class RequestHandlers:
         return [dataclasses.replace(checked.pair, tenant=call.caller.tenant, deadline=deadline, cache_salt=salt) for checked in pairs]
 
     def _gradient_messages(
-        self, pairs: Iterable[CheckedPair], results: Iterable[PairResult], dtype: pb.DType
+        self, pairs: Iterable[CheckedPair], results: Iterable[PairResult], dtype: pb.DType.ValueType
     ) -> list[tuning_pb2.PairGradient]:
         return [
             tuning_pb2.PairGradient(
@@ -158,7 +158,7 @@ def _logprobs_message(entry: TokenLogprobs) -> inference_pb2.TokenLogprobs:
     return inference_pb2.TokenLogprobs(chosen=chosen, alternatives=others)
 
 
-def _gradient_message(result: PairResult, dtype: pb.DType) -> pb.SoftPromptGradient:
+def _gradient_message(result: PairResult, dtype: pb.DType.ValueType) -> pb.SoftPromptGradient:
     if result.gradient is None:
         raise TypeError("the engine gave no gradient for a pair that asked for one")
     data, scales = encode_rows(result.gradient, dtype)

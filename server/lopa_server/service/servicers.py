@@ -49,7 +49,7 @@ class CatalogServicer(catalog_pb2_grpc.CatalogServicer):
         async with self._gate.call("GetModel", request, context) as call:
             return _counted(call, self._handlers.catalog.model_info())
 
-    async def FetchBundle(self, request: catalog_pb2.FetchBundleRequest, context: Any) -> None:
+    async def FetchBundle(self, request: catalog_pb2.FetchBundleRequest, context: Any) -> None:  # type: ignore[override]  # grpc.aio takes writing coroutines
         async with (
             self._gate.call("FetchBundle", request, context) as call,
             aclosing(self._handlers.catalog.bundle_chunks(request)) as chunks,
@@ -62,7 +62,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     def __init__(self, gate: Gate, handlers: Handlers) -> None:
         self._gate, self._handlers = gate, handlers
 
-    async def Generate(self, request: inference_pb2.GenerateRequest, context: Any) -> None:
+    async def Generate(self, request: inference_pb2.GenerateRequest, context: Any) -> None:  # type: ignore[override]
         async with (
             self._gate.call("Generate", request, context) as call,
             aclosing(self._handlers.requests.generate(request, call, _deadline(context))) as responses,

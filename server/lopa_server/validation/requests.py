@@ -46,7 +46,7 @@ class CheckedPair:
 @dataclass(frozen=True)
 class CheckedGradients:
     pairs: Sequence[CheckedPair]
-    dtype: pb.DType
+    dtype: pb.DType.ValueType
     """Of the gradients in the reply."""
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn import functional
@@ -150,7 +150,7 @@ def attention(
     """
     step: PackedStep | PairsStep = others["paged_step"]
     score = Score(query.shape[-1] ** -0.5 if scaling is None else scaling, others.get("softcap"), others.get("s_aux"))
-    return step.attend(module.layer_idx, query, key, value, score), None
+    return step.attend(cast(int, module.layer_idx), query, key, value, score), None
 
 
 def register() -> None:

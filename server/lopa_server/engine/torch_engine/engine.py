@@ -107,7 +107,7 @@ class TorchEngine:
         try:
             self._worker.send(LiveStream(request, mailbox, self._decode_text, self.spec.end_ids, constraint))
             while not finished:
-                delta = await mailbox.get()
+                delta = await mailbox.delta()
                 self._streams.progress(request.id, len(delta.token_ids), time.monotonic())
                 finished = delta.finish is not None
                 yield delta
@@ -141,7 +141,7 @@ class TorchEngine:
         finished = False
         try:
             self._worker.send(job)
-            results = await job.mailbox.get()
+            results = await job.mailbox.results()
             self._calls.progress(job.id, 0, time.monotonic())
             finished = True
         finally:

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from lopa_server.engine.torch_engine.constraints import Constraint
 from lopa_server.engine.torch_engine.sampling import Choice
 
 Event: TypeAlias = Delta | list[PairResult] | Exception
+Kind = TypeVar("Kind", Delta, list[PairResult])
 
 
 class Mailbox:
@@ -30,21 +31,32 @@ class Mailbox:
     def put(self, event: Event) -> None:
         self._events.put_nowait(event)
 
-    async def get(self) -> Event:
-        """The next event; deltas that have piled up come as one.
+    async def delta(self) -> Delta:
+        """A stream's next delta; those that have piled up come as one.
 
         Raises:
             EngineError: what the engine reported instead.
         """
-        event = await self._events.get()
-        while isinstance(event, Delta) and event.finish is None and not self._events.empty():
-            following = self._events.get_nowait()
-            if not isinstance(following, Delta):
-                raise following if isinstance(following, Exception) else EngineFailed("events of two kinds in one mailbox")
-            event = _joined(event, following)
-        if isinstance(event, Exception):
-            raise event
-        return event
+        delta = _of_kind(Delta, await self._events.get())
+        while delta.finish is None and not self._events.empty():
+            delta = _joined(delta, _of_kind(Delta, self._events.get_nowait()))
+        return delta
+
+    async def results(self) -> list[PairResult]:
+        """A call's results.
+
+        Raises:
+            EngineError: what the engine reported instead.
+        """
+        return _of_kind(list, await self._events.get())
+
+
+def _of_kind(kind: type[Kind], event: Event) -> Kind:
+    if isinstance(event, Exception):
+        raise event
+    if not isinstance(event, kind):
+        raise EngineFailed("events of two kinds in one mailbox")
+    return event
 
 
 def _joined(first: Delta, second: Delta) -> Delta:

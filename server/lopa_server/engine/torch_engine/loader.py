@@ -99,7 +99,7 @@ def load_foundation_model(fm: str | Path, *, dtype: str | None = None, device: s
     if name not in DTYPES or place.type not in ("cpu", "cuda"):
         raise UnsupportedModel(f"{name} on {place} is not supported: dtypes are {', '.join(DTYPES)}, devices cpu and cuda")
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[name], local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[name], local_files_only=True)
     except (ValueError, KeyError) as error:
         raise UnsupportedModel(f"{folder} holds no causal language model that transformers can load: {error}") from error
     model = model.to(place).eval().requires_grad_(False)
@@ -173,7 +173,7 @@ def _windows(config: Any) -> tuple[int, ...]:
 
 
 @torch.inference_mode()
-def _embedding_norm(embeddings: torch.nn.Module) -> float:
+def _embedding_norm(embeddings: Any) -> float:
     """The largest L2 norm over the table as the model applies it (some architectures scale it), in blocks of rows."""
     ids = torch.arange(embeddings.num_embeddings, device=embeddings.weight.device)
     return max(float(embeddings(block).float().norm(dim=1).max()) for block in ids.split(8192))

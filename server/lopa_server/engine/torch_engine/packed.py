@@ -34,7 +34,7 @@ class PackedLinear(nn.Module):
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """(…, in) to (…, out)."""
         if rows.requires_grad and torch.is_grad_enabled():
-            return _Product.apply(rows, self._packed, self.bias)
+            return _Product.apply(rows, self._packed, self.bias)  # type: ignore[no-untyped-call]
         return _product(rows, self._packed, self.bias)
 
 

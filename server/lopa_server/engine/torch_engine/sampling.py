@@ -101,7 +101,8 @@ class Sampler:
 
     def _mask(self, plan: _Plan, logits: torch.Tensor) -> dict[int, UnsupportedSchema | None]:
         """Leave the tokens that grammars allow. By constrained row: why it can't go on, or None."""
-        masks, errors = [], {}
+        masks = []
+        errors: dict[int, UnsupportedSchema | None] = {}
         for row, constraint in plan.constrained:
             try:
                 masks.append(constraint.mask())

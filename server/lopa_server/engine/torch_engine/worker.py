@@ -130,7 +130,8 @@ class Worker:
             command = self._inbox.get()
             if isinstance(command, LiveStream | LiveJob):
                 self._outbox.append((command.mailbox, EngineStopped("the engine was stopped")))
-        for owner in [*self._streams.values(), *self._jobs.values()]:
+        owners: list[LiveStream | LiveJob] = [*self._streams.values(), *self._jobs.values()]
+        for owner in owners:
             self._outbox.append((owner.mailbox, EngineStopped("the engine was stopped")))
         self._flush()
 
