@@ -43,6 +43,7 @@ def serve(
     kv_memory_mib: Annotated[int | None, typer.Option(help="MiB for the key-value pool. Default: 40 % of the free memory.")] = None,
     block_size: Annotated[int, typer.Option(help="Positions in one block of that pool.")] = DEFAULTS.block_size,
     threads: Annotated[int | None, typer.Option(help="CPU threads for torch. Default: torch's own choice.")] = None,
+    native: Annotated[bool, typer.Option(help="On a CPU: our own kernels, where a C compiler is at hand.")] = True,
     step_seconds: Annotated[
         float, typer.Option(help="An engine step that takes longer is stuck: the process ends.")
     ] = DEFAULTS.step_seconds,
@@ -115,6 +116,7 @@ def serve(
         dtype=dtype,
         device=device,
         threads=threads,
+        native=native,
         max_batch=max_batch,
         max_waiting=max_waiting,
         max_waiting_tokens=max_waiting_tokens,

@@ -54,6 +54,8 @@ class ServerConfig:
     """"cpu", "cuda", "cuda:1"; None: CUDA where there is one."""
     threads: int | None = None
     """CPU threads for torch; None: torch's own choice."""
+    native: bool = True
+    """On a CPU: our own kernels, compiled once with the machine's C compiler; torch alone where there is none."""
     max_batch: int = 32
     """Generate requests in the batch at the same time."""
     max_waiting: int = 256

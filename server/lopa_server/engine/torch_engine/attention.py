@@ -10,7 +10,8 @@ plain products are used where a gradient is wanted there; and wherever a model c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from lopa_server.engine.torch_engine.kv_pool import KvPool
+from lopa_server.engine.torch_engine.native.kernels import Kernels, PagedRows, Slots
 
 NAME = "lopa_paged"
 
@@ -42,22 +44,52 @@ class Group:
 
 
 @dataclass(frozen=True)
+class DecodingRows:
+    """One new position each, from `start` of the packed row on: the kernels read the pool in place, without slots and masks."""
+
+    start: int
+    rows: PagedRows
+    kernels: Kernels
+    make_groups: Callable[[], Sequence[Group]]
+    """The same rows for torch, if the kernels don't fit the model."""
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.rows.ends)
+
+    @functools.cached_property
+    def groups(self) -> Sequence[Group]:
+        """For torch; made when first asked for."""
+        return self.make_groups()
+
+
+@dataclass(frozen=True)
 class PackedStep:
     """How one forward pass for streams reads and writes the pool."""
 
     pool: KvPool
     windows: Sequence[int]
     """Of each layer; 0: full attention."""
-    write: torch.Tensor
-    """(t,) int64: the slot of each new position."""
-    groups: Sequence[Group]
+    write: Slots
+    """Of the t new positions."""
+    groups: Sequence[Group | DecodingRows]
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, score: Score) -> torch.Tensor:
         """(1, h, t, e) queries, keys and values of the new positions to (1, t, h, e)."""
         query, key, value = query[0], key[0], value[0]
         self.pool.write(layer, self.write, key, value)
-        parts = [self._attend_group(group, layer, query, key, value, score) for group in self.groups]
+        parts = [part for group in self.groups for part in self._parts(group, layer, query, key, value, score)]
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
+
+    def _parts(
+        self, group: Group | DecodingRows, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, score: Score
+    ) -> list[torch.Tensor]:
+        if isinstance(group, Group):
+            return [self._attend_group(group, layer, query, key, value, score)]
+        held = self.pool.layer(layer)
+        if group.kernels.fit(*held):
+            return [group.kernels.decode(held, group.rows, self.windows[layer], query[:, group.start : group.stop], score)]
+        return [self._attend_group(one, layer, query, key, value, score) for one in group.groups]
 
     def _attend_group(
         self, group: Group, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, score: Score

@@ -24,6 +24,8 @@ class TorchEngineConfig:
     """"cpu", "cuda", "cuda:1". Default: CUDA where there is one."""
     threads: int | None = None
     """CPU threads for torch. Default: torch's own choice."""
+    native: bool = True
+    """Use our own kernels on a CPU, where they can be compiled."""
     limits: SchedulerLimits = field(default_factory=SchedulerLimits)
     step_positions: int | None = None
     """Sets limits.step_positions and limits.pair_positions. Default: STEP_POSITIONS and PAIR_POSITIONS of the device."""

@@ -55,7 +55,7 @@ class TorchEngine:
             FileNotFoundError, UnsupportedModel: see `load_foundation_model` and `check_runner`.
         """
         _set_threads(config.threads)
-        fm = load_foundation_model(config.fm, dtype=config.dtype, device=config.device)
+        fm = load_foundation_model(config.fm, dtype=config.dtype, device=config.device, native=config.native)
         size = config.limits.block_size
         fitting = positions_that_fit(fm, check_runner(fm, size), config.kv_memory)
         limits = dataclasses.replace(

@@ -12,28 +12,41 @@ from __future__ import annotations
 
 import torch
 
+from lopa_server.engine.torch_engine.native.kernels import Kernels, Slots
+
 
 class KvPool:
     """Keys and values of every layer, (h, s, e) each; allocated when a layer is first written, for h and e show then."""
 
-    def __init__(self, blocks: int, block_size: int) -> None:
-        """blocks: as the block manager counts them, block 0 not included."""
+    def __init__(self, blocks: int, block_size: int, kernels: Kernels | None = None) -> None:
+        """blocks: as the block manager counts them, block 0 not included. kernels: None where torch does everything."""
         self.block_size = block_size
-        self._slots = (blocks + 1) * block_size
+        self.blocks = blocks + 1
+        """Block 0 included."""
+        self.slots = self.blocks * block_size
+        self.kernels = kernels
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def bytes_per_position(self) -> int:
         """Bytes that one position takes over all layers; 0 before the first step."""
-        return sum(tensor.nbytes for layer in self._layers.values() for tensor in layer) // self._slots
+        return sum(tensor.nbytes for layer in self._layers.values() for tensor in layer) // self.slots
 
-    def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Put (h, t, e) keys and values into (t,) slots."""
+    def write(self, layer: int, slots: Slots, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put (h, t, e) keys and values into t slots."""
         held = self._layers.get(layer)
         if held is None:
             held = self._layers[layer] = (self._zeros(keys), self._zeros(values))
-        held[0].index_copy_(1, slots, keys)
-        held[1].index_copy_(1, slots, values)
+        if self.kernels is not None and self.kernels.fit(*held):
+            self.kernels.write(held, slots, keys, values)
+            return
+        numbers = torch.from_numpy(slots.numbers).to(keys.device)
+        held[0].index_copy_(1, numbers, keys)
+        held[1].index_copy_(1, numbers, values)
+
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer that has been written, in place."""
+        return self._layers[layer]
 
     def read(self, layer: int, slots: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of the (rows * l,) slots' keys and values: (rows, h, l, e) each, views of (h, rows, l, e)."""
@@ -42,4 +55,4 @@ class KvPool:
 
     def _zeros(self, like: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(False):
-            return torch.zeros(like.shape[0], self._slots, like.shape[2], dtype=like.dtype, device=like.device)
+            return torch.zeros(like.shape[0], self.slots, like.shape[2], dtype=like.dtype, device=like.device)

@@ -14,7 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from lopa_server.engine.content import Content
-from lopa_server.engine.torch_engine.attention import Group
+from lopa_server.engine.torch_engine.attention import DecodingRows, Group
+from lopa_server.engine.torch_engine.kv_pool import KvPool
+from lopa_server.engine.torch_engine.native.kernels import Kernels, PagedRows
 
 Int64 = NDArray[np.int64]
 SIMILAR_COUNT = 0.75
@@ -51,15 +53,16 @@ class Layout:
     """(t,) slot of each position."""
     first: Int64
     """(n,) where each piece, in packed order, begins."""
-    groups: list[Group]
+    groups: list[Group | DecodingRows]
 
 
 class LayoutMaker:
     """Knows what all steps of an engine have in common."""
 
-    def __init__(self, block_size: int, windows: Iterable[int], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, pool: KvPool, windows: Iterable[int], device: torch.device, dtype: torch.dtype) -> None:
         """windows: of the layers; 0 for full attention."""
-        self._block_size = block_size
+        self._pool = pool
+        self._block_size = pool.block_size
         self._windows = tuple(dict.fromkeys(windows))
         self._device, self._dtype = device, dtype
 
@@ -75,8 +78,20 @@ class LayoutMaker:
         row = np.repeat(np.arange(len(ordered)), counts)
         write = tables[row, positions // self._block_size] * self._block_size + positions % self._block_size
         ids = np.concatenate([np.frombuffer(piece.content.ids, dtype=np.int64)[piece.start : piece.end] for piece in ordered])
-        groups = [self._group(ordered[low:high], tables[low:high], int(first[low])) for low, high in _group_bounds(ordered)]
+        groups: list[Group | DecodingRows] = []
+        kernels, decoding = self._pool.kernels, 0
+        if kernels is not None and counts[0] == 1:
+            decoding = int((counts == 1).sum())
+            groups.append(self._decoding(kernels, ordered[:decoding], tables[:decoding], first[:decoding]))
+        groups += self._groups(ordered[decoding:], tables[decoding:], first[decoding:])
         return Layout(order, ids, positions, write, first, groups)
+
+    def _decoding(self, kernels: Kernels, pieces: Sequence[Piece], tables: Int64, first: Int64) -> DecodingRows:
+        rows = PagedRows(tables, np.array([piece.end for piece in pieces]), self._block_size, self._pool.blocks)
+        return DecodingRows(0, rows, kernels, lambda: self._groups(pieces, tables, first))
+
+    def _groups(self, pieces: Sequence[Piece], tables: Int64, first: Int64) -> list[Group]:
+        return [self._group(pieces[low:high], tables[low:high], int(first[low])) for low, high in _group_bounds(pieces)]
 
     def slots(self, tables: Sequence[Sequence[int]], ends: Sequence[int]) -> torch.Tensor:
         """(b * l,) slots of each table's positions up to its end, padded on the right with slot 0."""
@@ -149,8 +164,9 @@ def _shape(piece: Piece) -> tuple[bool, bool, int, int]:
 
 def _group_bounds(pieces: Sequence[Piece]) -> list[tuple[int, int]]:
     """Where groups of ordered pieces begin and end."""
-    bounds, low = [], 0
-    for index in range(1, len(pieces) + 1):
+    bounds: list[tuple[int, int]] = []
+    low = 0
+    for index in range(1, len(pieces) + 1 if pieces else 0):
         if index == len(pieces) or not _alike(pieces[low], pieces[index]):
             bounds.append((low, index))
             low = index

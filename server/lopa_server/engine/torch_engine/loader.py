@@ -14,6 +14,7 @@ from lopa.fingerprint import fingerprint_folder
 from lopa_server.config import ConfigError
 from lopa_server.engine.base import EngineSpec, UnsupportedModel
 from lopa_server.engine.torch_engine import attention, packed
+from lopa_server.engine.torch_engine.native.kernels import Kernels, find_kernels
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -32,6 +33,8 @@ class FoundationModel:
     """Sliding window of each layer; 0: full attention."""
     own_attention: str
     """The attention that transformers chose; ours has taken its place."""
+    kernels: Kernels | None = None
+    """Ours for this processor; None: torch does everything."""
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings of (…) token ids: (…, d) in the compute dtype, a fresh tensor."""
@@ -83,8 +86,10 @@ def resolve_folder(fm: str | Path) -> Path:
         raise FileNotFoundError(f"{fm} is neither a model folder nor a Hugging Face id that can be fetched: {error}") from error
 
 
-def load_foundation_model(fm: str | Path, *, dtype: str | None = None, device: str | None = None) -> FoundationModel:
+def load_foundation_model(fm: str | Path, *, dtype: str | None = None, device: str | None = None, native: bool = True) -> FoundationModel:
     """Load weights and tokenizer. Defaults: CUDA where there is one; bfloat16 on CUDA, float32 on the CPU.
+
+    native: use our own kernels on a CPU if they can be had.
 
     Raises:
         ConfigError: no such device here.
@@ -115,7 +120,8 @@ def load_foundation_model(fm: str | Path, *, dtype: str | None = None, device: s
     except ValueError as error:
         raise UnsupportedModel(f"{model.config.model_type}: its attention can't be replaced: {error}") from error
     spec = _spec(str(fm), folder, model, tokenizer, name)
-    return FoundationModel(model, tokenizer, spec, place, DTYPES[name], _windows(model.config), own_attention)
+    kernels = find_kernels() if native and place.type == "cpu" else None
+    return FoundationModel(model, tokenizer, spec, place, DTYPES[name], _windows(model.config), own_attention, kernels)
 
 
 def _place(device: str | None) -> torch.device:

@@ -13,6 +13,7 @@ from lopa_server.engine.torch_engine.attention import PackedStep
 from lopa_server.engine.torch_engine.kv_pool import KvPool
 from lopa_server.engine.torch_engine.layout import Layout, LayoutMaker, Piece
 from lopa_server.engine.torch_engine.loader import FoundationModel
+from lopa_server.engine.torch_engine.native.kernels import Slots
 
 
 class ModelRunner:
@@ -20,8 +21,8 @@ class ModelRunner:
 
     def __init__(self, fm: FoundationModel, blocks: int, block_size: int) -> None:
         self._fm = fm
-        self.pool = KvPool(blocks, block_size)
-        self.layouts = LayoutMaker(block_size, fm.windows, fm.device, fm.dtype)
+        self.pool = KvPool(blocks, block_size, fm.kernels)
+        self.layouts = LayoutMaker(self.pool, fm.windows, fm.device, fm.dtype)
 
     @torch.inference_mode()
     def step(self, pieces: Sequence[Piece], wanted: Sequence[int]) -> torch.Tensor:
@@ -29,7 +30,7 @@ class ModelRunner:
         fm, layout = self._fm, self.layouts.pack(pieces)
         place = {piece: packed for packed, piece in enumerate(layout.order)}
         ends = [int(layout.first[place[index]]) + pieces[index].count - 1 for index in wanted]
-        step = PackedStep(self.pool, fm.windows, torch.from_numpy(layout.write).to(fm.device), layout.groups)
+        step = PackedStep(self.pool, fm.windows, Slots(layout.write, self.pool.slots), layout.groups)
         return fm.logits_at(
             torch.tensor(ends, dtype=torch.int64, device=fm.device),
             inputs_embeds=self._embed(pieces, layout)[None],

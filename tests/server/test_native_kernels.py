@@ -1,0 +1,191 @@
+"""Our CPU kernels against torch: any shape, grouping of heads, block table, window and dtype; and what happens without them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lopa_server.engine.torch_engine.attention import Score
+from lopa_server.engine.torch_engine.kv_pool import KvPool
+from lopa_server.engine.torch_engine.native import build
+from lopa_server.engine.torch_engine.native.kernels import Kernels, PagedRows, Slots, find_kernels
+
+from tests.server.engines import collect, load, run, stream
+
+KERNELS = find_kernels()
+needs_kernels = pytest.mark.skipif(KERNELS is None, reason="no C compiler here, or one without OpenMP")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pool with sequences in it, one of whose positions is new."""
+
+    ends: list[int]
+    kv_heads: int
+    group: int
+    width: int
+    block_size: int
+    dtype: torch.dtype
+    window: int
+    softcap: float | None
+    sinks: bool
+    seed: int
+
+
+CASES = st.builds(
+    Case,
+    ends=st.lists(st.one_of(st.integers(1, 20), st.integers(60, 200)), min_size=1, max_size=5),
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 3, 8, 9]),
+    width=st.sampled_from([8, 16, 40, 64, 128, 256]),
+    block_size=st.sampled_from([1, 5, 8, 16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    window=st.sampled_from([0, 1, 7, 64, 1000]),
+    softcap=st.sampled_from([None, 5.0]),
+    sinks=st.booleans(),
+    seed=st.integers(0, 1 << 16),
+)
+
+
+def _expected(case: Case, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """(h, e) of one row over its own (k, l, e) keys and values, in double precision."""
+    keys, values = (tensor.double().repeat_interleave(case.group, dim=0) for tensor in (keys, values))
+    scores = torch.einsum("he,hle->hl", query.double(), keys) * case.width**-0.5
+    if case.softcap is not None:
+        scores = torch.tanh(scores / case.softcap) * case.softcap
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double()[:, None]], dim=1)
+    return torch.einsum("hl,hle->he", torch.softmax(scores, dim=1)[:, : keys.shape[1]], values)
+
+
+@needs_kernels
+@settings(max_examples=60, deadline=None)
+@given(case=CASES)
+def test_decoding_agrees_with_plain_attention(case: Case) -> None:
+    rng = np.random.default_rng(case.seed)
+    size = max(-(-end // case.block_size) for end in case.ends)
+    blocks = 1 + size * len(case.ends)
+    tables = rng.permutation(np.arange(1, blocks))[: size * len(case.ends)].reshape(len(case.ends), size)
+    pool = KvPool(blocks - 1, case.block_size, KERNELS)
+    heads = case.kv_heads * case.group
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)).to(case.dtype)
+
+    sequences = [(draw(end, case.kv_heads, case.width).transpose(0, 1), draw(case.kv_heads, end, case.width)) for end in case.ends]
+    for table, end, (keys, values) in zip(tables, case.ends, sequences, strict=True):
+        place = np.arange(end)
+        slots = table[place // case.block_size] * case.block_size + place % case.block_size
+        pool.write(0, Slots(slots, pool.slots), keys, values)
+    query = draw(len(case.ends), heads, case.width).transpose(0, 1)
+    sinks = draw(heads).float() if case.sinks else None
+    rows = PagedRows(tables, np.array(case.ends), case.block_size, pool.blocks)
+    found = KERNELS.decode(pool.layer(0), rows, case.window, query, Score(case.width**-0.5, case.softcap, sinks))
+    tolerance = 1e-5 if case.dtype == torch.float32 else 0.02
+    for row, (end, (keys, values)) in enumerate(zip(case.ends, sequences, strict=True)):
+        first = max(0, end - case.window) if case.window else 0
+        expected = _expected(case, query[:, row], keys[:, first:], values[:, first:], sinks)
+        torch.testing.assert_close(found[row].double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@needs_kernels
+def test_a_row_gives_the_same_bits_in_any_batch() -> None:
+    pool = KvPool(64, 8, KERNELS)
+    keys, values = torch.randn(2, 2, 512, 64).unbind()
+    pool.write(0, Slots(np.arange(8, 520), pool.slots), keys, values)
+    tables = np.stack([np.arange(1, 65), np.arange(1, 65)[::-1], np.arange(1, 65)])
+    ends, query = np.array([301, 77, 512]), torch.randn(4, 3, 64)
+    together = KERNELS.decode(pool.layer(0), PagedRows(tables, ends, 8, pool.blocks), 0, query, Score(0.125, None, None))
+    for row in range(3):
+        alone = PagedRows(tables[row : row + 1].copy(), ends[row : row + 1], 8, pool.blocks)
+        assert torch.equal(KERNELS.decode(pool.layer(0), alone, 0, query[:, row : row + 1], Score(0.125, None, None))[0], together[row])
+
+
+@needs_kernels
+def test_nothing_behind_a_row_is_read_and_its_own_faults_show() -> None:
+    pool = KvPool(2, 8, KERNELS)
+    keys = torch.full((1, 16, 8), math.nan)
+    keys[:, :5] = 0.0
+    pool.write(0, Slots(np.arange(8, 24), pool.slots), keys, keys)
+    score = Score(1.0, None, None)
+    clean, broken = (PagedRows(np.array([[1, 2]]), np.array([end]), 8, pool.blocks) for end in (5, 6))
+    assert KERNELS.decode(pool.layer(0), clean, 0, torch.ones(1, 1, 8), score).eq(0).all()
+    assert KERNELS.decode(pool.layer(0), broken, 0, torch.ones(1, 1, 8), score).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("table", "end"), [([[1, 3]], [16]), ([[-1, 2]], [16]), ([[1, 2]], [17]), ([[1, 2]], [0]), ([[1, 2]], [16, 16])], ids=str
+)
+def test_tables_that_lead_out_of_the_pool_never_reach_the_kernel(table: list[list[int]], end: list[int]) -> None:
+    with pytest.raises(IndexError):
+        PagedRows(np.array(table), np.array(end), 8, 3)
+
+
+@pytest.mark.parametrize("numbers", [[-1], [24], [[3]]], ids=str)
+def test_slots_outside_of_the_pool_never_reach_the_kernel(numbers: list[int]) -> None:
+    with pytest.raises(IndexError):
+        Slots(np.array(numbers), 24)
+
+
+@needs_kernels
+def test_shapes_that_do_not_fit_the_pool_are_refused() -> None:
+    pool = KvPool(2, 8, KERNELS)
+    pool.write(0, Slots(np.arange(3), pool.slots), torch.zeros(2, 3, 8), torch.zeros(2, 3, 8))
+    rows, score = PagedRows(np.array([[1]]), np.array([3]), 8, pool.blocks), Score(1.0, None, None)
+    with pytest.raises(IndexError):
+        KERNELS.write(pool.layer(0), Slots(np.arange(4), pool.slots), torch.zeros(2, 3, 8), torch.zeros(2, 3, 8))
+    with pytest.raises(IndexError):
+        KERNELS.write(pool.layer(0), Slots(np.arange(3), pool.slots), torch.zeros(2, 3, 16), torch.zeros(2, 3, 16))
+    for query in (torch.zeros(4, 2, 8), torch.zeros(3, 1, 8), torch.zeros(4, 1, 16), torch.zeros(4, 1, 8).bfloat16()):
+        with pytest.raises(IndexError):
+            KERNELS.decode(pool.layer(0), rows, 0, query, score)
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty cache, and nothing remembered."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    find_kernels.cache_clear()
+    yield tmp_path / "lopa" / "kernels"
+    find_kernels.cache_clear()
+
+
+@needs_kernels
+def test_compiled_once_and_into_a_folder_of_ones_own(fresh: Path) -> None:
+    Kernels(build.load_library())
+    (library,) = fresh.iterdir()
+    made = library.stat()
+    Kernels(build.load_library())
+    assert (library.stat().st_ino, fresh.stat().st_mode & 0o777) == (made.st_ino, 0o700)
+    library.unlink()
+    fresh.chmod(0o777)
+    Kernels(build.load_library())
+    assert not list(fresh.iterdir()), "what others may write to must not be loaded"
+
+
+@pytest.mark.usefixtures("fresh")
+def test_without_a_compiler_torch_does_it_all(tiny_fm: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    usual = run(load(tiny_fm), lambda engine: collect(engine, stream("a", 1)))
+    find_kernels.cache_clear()
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with caplog.at_level(logging.WARNING):
+        assert find_kernels() is None
+    assert "no-such-compiler" in caplog.text
+    plain = run(load(tiny_fm), lambda engine: collect(engine, stream("a", 1)))
+    assert plain.tokens == usual.tokens
+
+
+@needs_kernels
+def test_a_compiler_that_fails_is_not_available(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-fno-such-flag"))
+    with pytest.raises(build.NotAvailable, match="no-such-flag"):
+        build.load_library()
+    assert not list(fresh.iterdir())
