@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from report import write
@@ -79,20 +80,35 @@ def fuzz(folder: Path, size: Size) -> Figures:
     }
 
 
-def load(folder: Path, size: Size) -> Figures:
+def overloaded(folder: Path, size: Size) -> Figures:
     with running(folder, "--threads", "1", "--max-batch", str(BATCH), "--max-waiting", str(2 * BATCH)) as server:
-        peak, over = overload(server, BATCH, size.overload_seconds)
-    print(f"  refusals: {dict(over.refusals)}")
+        phases = dict(zip(("peak", "patient", "impatient"), overload(server, BATCH, size.overload_seconds), strict=True))
+    peak, patient, impatient = (phase.clients for phase in phases.values())
+    for name, phase in phases.items():
+        print(f"  {name}: {phase.clients.rate:.0f} tokens/s, refusals {dict(phase.clients.refusals)}, p99 {phase.clients.p99():.3f} s")
+        print(f"    CPU: server {phase.server_cpu:.2f} cores, the clients' part {phase.generator_share:.0%}")
+    return {
+        "peak_tokens_per_second": peak.rate,
+        "peak_p99_ttft_ms": 1000 * peak.p99(),
+        "overload_goodput": patient.rate / peak.rate,
+        "overload_goodput_impatient": impatient.rate / peak.rate,
+        "overload_refusals": sum(patient.refusals.values()),
+        "overload_refusals_impatient": sum(impatient.refusals.values()),
+        "overload_unhelpful_refusals": patient.unhelpful + impatient.unhelpful,
+        "overload_p99_ttft_ms": 1000 * patient.p99(),
+        "overload_p99_ttft_impatient_ms": 1000 * impatient.p99(),
+        "overload_generator_cpu_share": max(phase.generator_share for phase in phases.values()),
+    }
+
+
+def fair(folder: Path, size: Size) -> Figures:
     with running(folder, "--threads", "1", "--max-batch", str(BATCH)) as server:
         alone, beside = light_tenant(server, size.light_streams, FLOOD)
     return {
-        "peak_tokens_per_second": peak.tokens / peak.seconds,
-        "overload_goodput": (over.tokens / over.seconds) / (peak.tokens / peak.seconds),
-        "overload_refusals": sum(over.refusals.values()),
-        "overload_unhelpful_refusals": over.unhelpful,
-        "overload_p99_ttft_ms": 1000 * over.p99(),
         "light_tenant_p99_alone_ms": 1000 * alone.p99(),
+        "light_tenant_p99_beside_ms": 1000 * beside.p99(),
         "light_tenant_p99_ratio": beside.p99() / alone.p99(),
+        "light_tenant_median_ratio": median(beside.first) / median(alone.first),
     }
 
 
@@ -122,7 +138,8 @@ def timing(folder: Path, size: Size) -> Figures:
 PARTS: dict[str, Callable[[Path, Size], Figures]] = {
     "strangers": strangers,
     "fuzz": fuzz,
-    "load": load,
+    "overload": overloaded,
+    "fair": fair,
     "soak": soaking,
     "kills": kills,
     "timing": timing,

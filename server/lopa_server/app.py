@@ -25,7 +25,7 @@ from lopa.v1 import catalog_pb2_grpc, inference_pb2_grpc, tuning_pb2_grpc
 from lopa_server.config import ConfigError, ServerConfig
 from lopa_server.engine.base import EngineSpec
 from lopa_server.identity.authenticator import Authenticator
-from lopa_server.identity.interceptor import Door
+from lopa_server.identity.interceptor import Door, Keeper, identifying
 from lopa_server.identity.keys import KeyFileError
 from lopa_server.identity.tls import CertificateError, CertificateFiles
 from lopa_server.identity.tokens import JwksError
@@ -121,7 +121,7 @@ class ServerApp:
         meter = await self._start_meter()
         self._gate = Gate(self._config.limits.max_message_bytes, meter, self._config.traffic)
         server = grpc.aio.server(
-            interceptors=[*self._observability.interceptors, *await self._doors(), TolerantDecoding(NAMES)],
+            interceptors=[*self._observability.interceptors, Door(await self._keepers(self._gate)), TolerantDecoding(NAMES)],
             options=_channel_options(self._config.limits.max_message_bytes, self._config.traffic),
             maximum_concurrent_rpcs=self._config.call_bound,
         )
@@ -150,16 +150,16 @@ class ServerApp:
         self._meter = meter
         return meter
 
-    async def _doors(self) -> list[grpc.aio.ServerInterceptor[Any, Any]]:
-        """What keeps strangers out, where identity is on."""
+    async def _keepers(self, gate: Gate) -> list[Keeper]:
+        """What keeps strangers out, where identity is on, and calls that there is no room for."""
         if not self._config.access.identified:
-            return []
+            return [gate.keep]
         authenticator = Authenticator(self._config.access)
         try:
             await authenticator.start()
         except (KeyFileError, JwksError) as error:
             raise ConfigError(str(error)) from error
-        return [Door(authenticator)]
+        return [identifying(authenticator), gate.keep]
 
     def _add_port(self, server: grpc.aio.Server, address: str) -> int:
         if not self._config.access.encrypted:
@@ -199,6 +199,8 @@ class ServerApp:
             await engine.stop()
             raise
         self.engine = engine
+        if self._gate is not None:
+            self._gate.engine = engine
         place = self._temporary = tempfile.TemporaryDirectory(prefix="lopa-bundle-")
         published = []
         for bundle in bundles:

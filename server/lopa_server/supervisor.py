@@ -116,6 +116,9 @@ class SupervisedEngine:
         if self._engine is not None:
             self._engine.abort(request_id)
 
+    def check_room(self, tenant: str, *, pairs: bool) -> None:
+        self._running().check_room(tenant, pairs=pairs)
+
     def stats(self) -> EngineStats:
         """Of the engine at hand: counters start anew with it."""
         if self._engine is not None:

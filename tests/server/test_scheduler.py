@@ -7,7 +7,7 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lopa_server.engine.base import InputSequence
 from lopa_server.engine.content import Content
@@ -23,10 +23,10 @@ def _content(ids: tuple[int, ...], salt: bytes = b"") -> Content:
     return Content(salt, InputSequence((), None, ids), SIZE)
 
 
-def _sequence(name: str, length: int, *, tokens: tuple[int, ...] | None = None, salt: bytes = b"") -> SequenceState:
+def _sequence(name: str, length: int, *, tokens: tuple[int, ...] | None = None, salt: bytes = b"", tenant: str = "") -> SequenceState:
     """A request of `length` positions of its own, or of the given ones."""
     ids = tuple(hash((name, place)) % 50_000 for place in range(length)) if tokens is None else tokens
-    return SequenceState(name, _content(ids, salt), max_tokens=1000)
+    return SequenceState(name, _content(ids, salt), tenant, max_tokens=1000)
 
 
 def _costs(*positions: int, targets: int = 1) -> list[PairCost]:
@@ -111,6 +111,80 @@ def test_a_full_pool_preempts_the_last_comer_who_is_the_first_to_return() -> Non
     scheduler.remove("a")
     start, count, samples = _token_step(scheduler)["b"]
     assert samples and start + count == 4 * SIZE + 1, "what b had generated was lost"
+
+
+def _flooded(limits: SchedulerLimits, *, length: int = 10, waiting: int = 20) -> Scheduler:
+    """All places and much of the queue taken by one tenant."""
+    scheduler = Scheduler(limits)
+    for number in range(limits.max_batch + waiting):
+        scheduler.add(_sequence(f"flood{number}", length, tenant="flood"))
+    return scheduler
+
+
+def test_a_flood_makes_way_for_a_tenant_without_a_place() -> None:
+    scheduler = _flooded(SchedulerLimits(max_batch=4))
+    for _ in range(3):
+        assert len(_token_step(scheduler)) == 4
+    scheduler.add(_sequence("light", 10, tenant="light"))
+    scheduler.add(_sequence("light too", 10, tenant="light"))
+    step = _token_step(scheduler)
+    assert step["light"] == (0, 10, True), "at once, in a full batch"
+    assert set(step) == {"flood0", "flood1", "flood2", "light"} and scheduler.preemptions == 1
+    for _ in range(10):
+        assert "light too" not in _token_step(scheduler)
+    assert scheduler.preemptions == 1, "one place, not more than a turn"
+    scheduler.remove("light")
+    assert _token_step(scheduler)["light too"] == (0, 10, True), "it had less than the flood that gave its place"
+    scheduler.remove("light too")
+    start, count, samples = _token_step(scheduler)["flood3"]
+    assert samples and start + count == 13, "nothing that it had generated was lost"
+
+
+def test_nobody_makes_way_for_a_tenant_that_had_as_much() -> None:
+    """Two floods share the batch by turns; neither takes places from the other."""
+    scheduler = _flooded(SchedulerLimits(max_batch=2))
+    for number in range(20):
+        scheduler.add(_sequence(f"other{number}", 10, tenant="other"))
+    for _ in range(200):
+        for name, (_, _, samples) in _token_step(scheduler).items():
+            if samples and len(scheduler._known[name].content) >= 18:
+                scheduler.remove(name)
+        if not scheduler.waiting:
+            break
+    assert scheduler.preemptions <= 1 and not scheduler.waiting
+
+
+def test_who_had_least_reads_its_prompt_first() -> None:
+    """Long prompts of a flood are being read and take whole steps; a short one of somebody else is not behind them."""
+    scheduler = _flooded(SchedulerLimits(max_batch=8, step_positions=32), length=1000, waiting=0)
+    scheduler.remove("flood7")
+    for _ in range(3):
+        _token_step(scheduler)
+    scheduler.add(_sequence("light", 20, tenant="light"))
+    step = _token_step(scheduler)
+    assert step["light"] == (0, 20, True) and sum(count for _, count, _ in step.values()) == 32
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 40), st.integers(1, 12)), min_size=1, max_size=30), st.integers(1, 4))
+def test_whatever_makes_way_everything_is_computed_once_and_in_full(work: list[tuple[str, int, int]], places: int) -> None:
+    """Requests of three tenants that arrive while others run: each is read to its end and gets its tokens, and all blocks come back."""
+    scheduler = Scheduler(SchedulerLimits(max_batch=places, step_positions=16, kv_positions=40 * SIZE))
+    wanted = {f"r{number}": (tenant, length, tokens) for number, (tenant, length, tokens) in enumerate(work)}
+    arriving, written = list(wanted), Counter[str]()
+    for _ in range(3000):
+        if arriving:
+            name = arriving.pop()
+            scheduler.add(_sequence(name, wanted[name][1], tenant=wanted[name][0]))
+        elif not scheduler.waiting and not scheduler.running:
+            break
+        for name, (_, _, samples) in _token_step(scheduler).items():
+            written[name] += samples
+            if written[name] == wanted[name][2]:
+                scheduler.remove(name)
+        assert scheduler.running <= places
+    assert written == {name: tokens for name, (_, _, tokens) in wanted.items()}
+    assert scheduler.blocks.used == 0
 
 
 def test_a_shared_prefix_is_computed_once_but_never_across_salts() -> None:

@@ -1,12 +1,13 @@
 """Whether a request may wait at all: a queue bounded in entries and tokens, shared by tenants, and deadlines that can still be met.
 
-A refusal comes at once and says when to come back; waiting for nothing costs everybody. Policy only: no tensor, no clock of
-its own. Times are seconds on one monotonic clock.
+A refusal comes at once and says when to come back; waiting for nothing costs everybody. Those who are refused get turns, one
+behind the other at the measured pace, so that they don't all come back for the one place that is free by then. Policy only: no
+tensor, no clock of its own. Times are seconds on one monotonic clock.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,6 +23,12 @@ SLACK = 2.0
 """So many times the time that is left must be needed before a request is refused: estimates are no more exact than that."""
 UNKNOWN_WAIT = 1.0
 """Seconds to come back after while nothing is measured."""
+OVERBOOKED = 2.0
+"""So many of those who are refused are told to come for each place: not all of them do."""
+FURTHEST = 10.0
+"""Turns are given at most so many times as far ahead as all that waits takes."""
+JITTER = 0.25
+"""Part of a wait by which it is made longer at random, so that those who were told the same don't come together."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,8 @@ class AdmissionLimits:
     max_tokens: int
     """Tokens to read and to write at most, of all that waits."""
     share: float = 4.0
-    """A tenant may take this many times what is still free: 4 leaves a fifth of the queue to others however many one sends."""
+    """A tenant may take this many times what is still free, of entries and of tokens: 4 leaves a fifth of the queue to others
+    however many one sends."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,16 @@ class _Live:
     arrival: Arrival
     waiting: bool = True
     written: int = 0
+
+
+@dataclass
+class _Waiting:
+    """Of a tenant."""
+
+    entries: int = 0
+    tokens: int = 0
+    work: float = 0.0
+    """If all that may be written is written."""
 
 
 class Pace:
@@ -89,17 +107,21 @@ class Pace:
 class Admission:
     """Everything between its arrival and its end. Used from one thread."""
 
-    def __init__(self, limits: AdmissionLimits, weights: Mapping[str, float] | None = None) -> None:
-        """weights: as in `FairQueue`; 1 for those who aren't listed."""
+    def __init__(self, limits: AdmissionLimits, weights: Mapping[str, float] | None = None, rng: random.Random | None = None) -> None:
+        """weights: as in `FairQueue`; 1 for those who aren't listed. rng: for the jitter."""
         self._limits = limits
         self._weights = weights or {}
         self._live: dict[str, _Live] = {}
         self._entries = 0
-        self._waiting: Counter[str] = Counter()
-        """Tokens that wait, by tenant."""
-        self._waiting_tokens = 0
-        self._waiting_work: defaultdict[str, float] = defaultdict(float)
-        """The same as work, if all that may be written is written."""
+        self._waiting: dict[str, _Waiting] = {}
+        """By tenant."""
+        self._all = _Waiting()
+        """Their sum."""
+        self._turns: dict[str, float] = {}
+        """When the one of a tenant who was refused last is to come back."""
+        self._look_at = 0.0
+        """When turns that are over are forgotten next."""
+        self._rng = random.Random() if rng is None else rng
         self._pace = Pace()
         self._written, self._allowed = 0.0, 0.0
         """Tokens written and allowed, of requests that have ended, the last ones counting most."""
@@ -111,11 +133,16 @@ class Admission:
             QueueFull: too much waits, or too much of this tenant. DeadlineTooShort: it would not be done in time.
         """
         self._pace.pass_time(now, self._busy)
-        self._check_room(arrival)
+        self._check_room(arrival, now)
         self._check_deadline(arrival, now)
         self._live[name] = _Live(arrival)
         self._entries += arrival.entries
         self._move(arrival, 1)
+
+    def check_room(self, tenant: str, now: float) -> None:
+        """Whether the smallest request of a tenant could wait; nothing is entered. Raises QueueFull."""
+        self._pace.pass_time(now, self._busy)
+        self._check_room(Arrival(tenant, 1, 1, 0), now)
 
     def progress(self, name: str, tokens: int, now: float) -> None:
         """It has a place, its prompt is read, and so many more tokens were written."""
@@ -144,7 +171,7 @@ class Admission:
     @property
     def waiting_tokens(self) -> int:
         """Tokens to read and to write, of all that waits."""
-        return self._waiting_tokens
+        return self._all.tokens
 
     def expected_wait(self, arrival: Arrival) -> float | None:
         """Seconds until it gets a place; None while nothing is measured.
@@ -153,9 +180,9 @@ class Admission:
         """
         if self._entries + arrival.entries <= self._limits.places:
             return 0.0
-        before = self._waiting_work[arrival.tenant]
+        before = self._of(arrival.tenant).work
         turn = (before + self._work(arrival)) / self._weight(arrival.tenant)
-        others = (min(work, turn * self._weight(tenant)) for tenant, work in self._waiting_work.items() if tenant != arrival.tenant)
+        others = (min(one.work, turn * self._weight(tenant)) for tenant, one in self._waiting.items() if tenant != arrival.tenant)
         return self._seconds_for(self._written_part * (before + sum(others)))
 
     @property
@@ -173,34 +200,60 @@ class Admission:
     def _work(self, arrival: Arrival) -> float:
         return READING * arrival.prompt_tokens + arrival.text_tokens
 
+    def _of(self, tenant: str) -> _Waiting:
+        return self._waiting.get(tenant) or _Waiting()
+
     def _move(self, arrival: Arrival, sign: int) -> None:
-        tenant = arrival.tenant
-        self._waiting_tokens += sign * arrival.tokens
-        self._waiting[tenant] += sign * arrival.tokens
-        self._waiting_work[tenant] += sign * self._work(arrival)
-        if not self._waiting[tenant]:
-            del self._waiting[tenant], self._waiting_work[tenant]
+        own = self._waiting.setdefault(arrival.tenant, _Waiting())
+        for waiting in (own, self._all):
+            waiting.entries += sign * arrival.entries
+            waiting.tokens += sign * arrival.tokens
+            waiting.work += sign * self._work(arrival)
+        if not own.entries:
+            del self._waiting[arrival.tenant]
+        if not self._waiting:
+            self._all = _Waiting()
 
-    def _check_room(self, arrival: Arrival) -> None:
-        limits = self._limits
+    def _check_room(self, arrival: Arrival, now: float) -> None:
+        limits, own = self._limits, self._of(arrival.tenant)
         over = self._entries + arrival.entries - limits.places
+        waits = max(0, self._entries - limits.places)
         if over > limits.max_entries and self._live:
-            tokens = self._waiting_tokens * (over - limits.max_entries) / max(1, self._entries)
-            raise self._full("", self._entries - limits.places, limits.max_entries, tokens)
-        if over <= 0 or not self._waiting_tokens:
+            raise self._full("", waits, limits.max_entries, over - limits.max_entries, arrival, now)
+        if over <= 0 or not self._all.tokens:
             return
-        excess = self._waiting_tokens + arrival.tokens - limits.max_tokens
+        mine, allowed = over - (self._all.entries - own.entries), int(limits.share * (limits.max_entries - waits))
+        if mine > allowed:
+            raise self._full(" (of one tenant)", own.entries, allowed, mine - allowed, arrival, now)
+        entries_a_token = self._all.entries / self._all.tokens
+        excess = self._all.tokens + arrival.tokens - limits.max_tokens
         if excess > 0:
-            raise self._full(" (tokens)", self._waiting_tokens, limits.max_tokens, excess)
-        own, allowed = self._waiting[arrival.tenant], int(limits.share * (limits.max_tokens - self._waiting_tokens))
-        if own + arrival.tokens > allowed:
-            raise self._full(" (tokens of one tenant)", own, allowed, own + arrival.tokens - allowed)
+            raise self._full(" (tokens)", self._all.tokens, limits.max_tokens, excess * entries_a_token, arrival, now)
+        allowed = int(limits.share * (limits.max_tokens - self._all.tokens))
+        excess = own.tokens + arrival.tokens - allowed
+        if excess > 0:
+            raise self._full(" (tokens of one tenant)", own.tokens, allowed, excess * entries_a_token, arrival, now)
 
-    def _full(self, what: str, waiting: int, limit: int, tokens: float) -> QueueFull:
-        """So many tokens too many; at the measured pace, work is done in proportion."""
-        work = sum(self._waiting_work.values()) * tokens / max(1, self._waiting_tokens)
-        seconds = self._seconds_for(self._written_part * work)
-        return QueueFull(f"{self._limits.queue}{what}", waiting, limit, UNKNOWN_WAIT if seconds is None else seconds)
+    def _full(self, what: str, waiting: int, limit: int, excess: float, arrival: Arrival, now: float) -> QueueFull:
+        """excess: entries of average size that must have gone first."""
+        average = self._seconds_for(self._written_part * self._all.work / max(1, self._all.entries))
+        seconds = UNKNOWN_WAIT if average is None else self._turn(arrival, excess, average, now)
+        return QueueFull(f"{self._limits.queue}{what}", waiting, limit, seconds * (1 + JITTER * self._rng.random()))
+
+    def _turn(self, arrival: Arrival, excess: float, average: float, now: float) -> float:
+        """Seconds until there is room again, behind those of the tenant who were refused before and are still to come.
+
+        average: seconds that an entry takes. Tenants have turns of their own, and the places that get free between them.
+        """
+        if now >= self._look_at:
+            self._look_at = now + 1.0
+            self._turns = {tenant: turn for tenant, turn in self._turns.items() if turn > now}
+        first = now + excess * average
+        furthest = max(first, now + FURTHEST * average * self._all.entries)
+        turn = min(max(first, self._turns.get(arrival.tenant, 0.0)), furthest)
+        crowd = len(self._turns.keys() | {arrival.tenant})
+        self._turns[arrival.tenant] = turn + crowd * arrival.entries * average / OVERBOOKED
+        return turn - now
 
     def _seconds_for(self, work: float) -> float | None:
         """How long all places together take; None while nothing is measured."""

@@ -306,4 +306,12 @@ class Engine(Protocol):
         """Forget a generate request, whatever its state; unknown ids are ignored."""
         ...
 
+    def check_room(self, tenant: str, *, pairs: bool) -> None:
+        """Whether the smallest generate request of this tenant, or its smallest call with pairs, could wait now.
+
+        Raises:
+            QueueFull, EngineStopped.
+        """
+        ...
+
     def stats(self) -> EngineStats: ...

@@ -29,6 +29,8 @@ REMEMBERED = 100_000
 class _Tenant:
     weight: float
     counter: float
+    charged: int = 0
+    """Number of the charge that was its last: of those with equal counters, who was served longest ago goes first."""
     requests: OrderedDict[str, WaitingRequest] = field(default_factory=OrderedDict)
     listed: bool = False
     """It has an entry in the heap, perhaps one that is out of date."""
@@ -45,8 +47,9 @@ class FairQueue:
         """Tenant of each request that waits."""
         self._passed: dict[str, int] = {}
         """How many have passed a request that was tried before them."""
-        self._heap: list[tuple[float, int, str]] = []
-        """Counter and oldest request's arrival of each waiting tenant. Both only grow, so entries out of date come too early."""
+        self._heap: list[tuple[float, int, int, str]] = []
+        """Counter, last charge and oldest request's arrival of each waiting tenant. They only grow, so entries out of date come too
+        early."""
         self._arrivals: dict[str, int] = {}
         self._numbers = itertools.count()
         self._last_left = _Tenant(1.0, 0.0)
@@ -112,12 +115,17 @@ class FairQueue:
     def charge(self, tenant: str, *, prompt_tokens: int, generated_tokens: int) -> None:
         """What a step has just computed for a tenant."""
         known = self._tenants.get(tenant) or self._meet(tenant, self._level())
+        known.charged = next(self._numbers)
         known.counter += (PROMPT_PRICE * prompt_tokens + TEXT_PRICE * generated_tokens) / known.weight
 
     def counter(self, tenant: str) -> float:
         """Priced tokens over weight; where the counters stand, for one that isn't known."""
         known = self._tenants.get(tenant)
         return self._level() if known is None else known.counter
+
+    def rank(self, tenant: str) -> tuple[float, int]:
+        known = self._tenants.get(tenant)
+        return self.counter(tenant), known.charged if known is not None else 0
 
     @property
     def known_tenants(self) -> int:
@@ -142,18 +150,18 @@ class FairQueue:
             tenant.listed = True
             heapq.heappush(self._heap, (*self._key(tenant), name))
 
-    def _key(self, tenant: _Tenant) -> tuple[float, int]:
-        return tenant.counter, self._arrivals[next(iter(tenant.requests))]
+    def _key(self, tenant: _Tenant) -> tuple[float, int, int]:
+        return tenant.counter, tenant.charged, self._arrivals[next(iter(tenant.requests))]
 
     def _pop_tenant(self) -> str | None:
         """The waiting tenant with the smallest counter, taken out of the heap."""
         while self._heap:
-            counter, arrival, name = heapq.heappop(self._heap)
+            *key, name = heapq.heappop(self._heap)
             tenant = self._tenants[name]
             tenant.listed = False
             if not tenant.requests:
                 continue
-            if self._key(tenant) == (counter, arrival):
+            if self._key(tenant) == tuple(key):
                 return name
             self._list(name, tenant)
         return None
@@ -166,7 +174,7 @@ class FairQueue:
         idle = [name for name, tenant in self._tenants.items() if not tenant.requests]
         for name in idle:
             self._tenants[name].listed = False
-        self._heap = [entry for entry in self._heap if self._tenants[entry[2]].listed]
+        self._heap = [entry for entry in self._heap if self._tenants[entry[-1]].listed]
         heapq.heapify(self._heap)
         idle.sort(key=lambda name: self._tenants[name].counter)
         for place, name in enumerate(idle):

@@ -16,7 +16,7 @@ small that at the measured pace it takes no longer than a step of theirs, or hol
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -200,23 +200,44 @@ class Scheduler:
             self.blocks.release(row.table)
 
     def _token_step(self) -> TokenStep:
+        self._make_way()
         rows: dict[str, TokenRow] = {}
         budget = max(self._limits.step_positions, len(self._running) + 1)
         preemptions = self.preemptions
-        for sequence in sorted(self._running.values(), key=lambda row: row.left > 1):
+        decoding = [sequence for sequence in self._running.values() if sequence.left == 1]
+        while budget:
+            sequence = decoding.pop(0) if decoding else self._next_reader(rows, admit=self.preemptions == preemptions)
+            if sequence is None:
+                break
             count = min(sequence.left, budget)
-            if count and sequence.id in self._running and self._make_room(sequence, sequence.computed + count, rows):
+            if sequence.id in self._running and self._make_room(sequence, sequence.computed + count, rows):
                 budget -= count
                 rows[sequence.id] = self._row(sequence, count)
-        while budget and self.preemptions == preemptions:
-            admitted = self._admit()
-            if admitted is None:
-                break
-            count = min(admitted.left, budget)
-            admitted.table += self.blocks.take(admitted.missing(self.blocks, admitted.computed + count))
-            budget -= count
-            rows[admitted.id] = self._row(admitted, count)
         return TokenStep(tuple(rows.values()))
+
+    def _next_reader(self, rows: Mapping[str, TokenRow], *, admit: bool) -> SequenceState | None:
+        """Whose prompt is read next in this step: of those in the batch and, if they may be admitted, those who wait, the one whose
+        tenant has had least."""
+        reading = (sequence for sequence in self._running.values() if sequence.left > 1 and sequence.id not in rows)
+        reader = min(reading, key=self._rank, default=None)
+        return (self._admit(reader) if admit else None) or reader
+
+    def _rank(self, sequence: SequenceState) -> tuple[float, int]:
+        return self._queue.rank(sequence.tenant)
+
+    def _make_way(self) -> None:
+        """In a full batch, a tenant that has had least and has no place gets one, of the tenant that has most of them.
+
+        Others of its requests wait their turn: who has a place loses it to nobody who has one too, so that nobody is driven to and fro.
+        """
+        names = self._queue.candidates() if len(self._running) >= self._limits.max_batch else ()
+        if not names:
+            return
+        waiting = self._known[names[0]]
+        places = Counter(sequence.tenant for sequence in self._running.values())
+        most = max(places, key=lambda tenant: places[tenant] / self._limits.weight(tenant))
+        if not places[waiting.tenant] and places[most] > 1 and self._rank(waiting) < self._queue.rank(most):
+            self._preempt(next(sequence for sequence in reversed(self._running.values()) if sequence.tenant == most))
 
     def _row(self, sequence: SequenceState, count: int) -> TokenRow:
         row = TokenRow(sequence, sequence.computed, count, samples=count == sequence.left)
@@ -241,19 +262,26 @@ class Scheduler:
         del self._running[sequence.id]
         self._preempted.appendleft(sequence)
 
-    def _admit(self) -> SequenceState | None:
-        """Give the next waiting request that fits a place."""
+    def _admit(self, reader: SequenceState | None = None) -> SequenceState | None:
+        """Give the next waiting request that fits a place; none, if a `reader` in the batch goes before it.
+
+        Those who lost their blocks go before everybody whose tenant has not had less, and nobody passes them when they don't fit.
+        """
         if len(self._running) >= self._limits.max_batch:
             return None
-        names = [self._preempted[0].id] if self._preempted else self._queue.candidates()
+        names = list(self._queue.candidates())
+        back = min(self._preempted, key=self._rank, default=None)
+        if back is not None:
+            names = [*(name for name in names if self._rank(self._known[name]) < self._rank(back)), back.id]
         name = next((name for name in names if self._fits(self._known[name])), None)
-        if name is None:
+        if name is None or (reader is not None and self._rank(reader) <= self._rank(self._known[name])):
             return None
-        if self._preempted:
-            self._preempted.popleft()
+        sequence = self._known[name]
+        if sequence is back:
+            self._preempted.remove(sequence)
         else:
             self._queue.take(name)
-        sequence = self._running[name] = self._known[name]
+        self._running[name] = sequence
         self.hit_tokens += sequence.adopt(self.blocks)
         return sequence
 

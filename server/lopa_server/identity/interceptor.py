@@ -1,46 +1,64 @@
-"""The door: no RPC of any service gets further than here without credentials, and nothing of its request is decoded before."""
+"""The door: no RPC of any service gets further than here before its keepers let it in, and nothing of its request is decoded before."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
 import grpc
 from grpc_status import rpc_status
-from lopa.wire.errors import WireError
 
 from lopa_server.identity.authenticator import Authenticator
 from lopa_server.identity.caller import set_caller
 from lopa_server.identity.methods import OPEN
 from lopa_server.service.status import status_for
 
+Keeper = Callable[[str, Any], Awaitable[None]]
+"""Looks at a call's method (its full name) and context. Raises what the call is refused with."""
 Admit = Callable[[Any], Awaitable[None]]
 Decode = Callable[[bytes], Any]
+
+
+def identifying(authenticator: Authenticator) -> Keeper:
+    """Keeps strangers out, and says who calls to everything behind it."""
+
+    async def identify(method: str, context: Any) -> None:
+        metadata = tuple(context.invocation_metadata() or ())
+        set_caller(await authenticator.admit(method, metadata, context.auth_context()))
+
+    return identify
 
 
 class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
     """Wraps every method but the open ones. Put it first: interceptors before it see strangers."""
 
-    def __init__(self, authenticator: Authenticator) -> None:
-        self._authenticator = authenticator
+    def __init__(self, keepers: Sequence[Keeper]) -> None:
+        """keepers: asked one after the other."""
+        self._keepers = tuple(keepers)
+        self._guarded: dict[str, Any] = {}
+        """Handlers by method: made once, not for every call, so that they hold nothing of one."""
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
     ) -> Any:
-        handler, method = await continuation(handler_call_details), handler_call_details.method
+        method = handler_call_details.method
+        if method in self._guarded:
+            return self._guarded[method]
+        handler = await continuation(handler_call_details)
         if handler is None or method in OPEN:
             return handler
-        metadata = tuple(handler_call_details.invocation_metadata or ())
 
         async def admit(context: Any) -> None:
             try:
-                set_caller(await self._authenticator.admit(method, metadata, context.auth_context()))
-            except WireError as error:
+                for keeper in self._keepers:
+                    await keeper(method, context)
+            except Exception as error:
                 await context.abort_with_status(rpc_status.to_status(status_for(error)))
 
-        return guarded(handler, admit)
+        self._guarded[method] = guarded(handler, admit)
+        return self._guarded[method]
 
 
 def guarded(handler: Any, admit: Admit) -> Any:

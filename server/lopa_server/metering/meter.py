@@ -43,6 +43,12 @@ class Account:
         """Forgetting it changes nothing."""
         return not self.calls and all(bucket.level >= bucket.burst for bucket in self._buckets.values())
 
+    def check_calls(self) -> None:
+        """Raises OverLimit when it has as many calls as it may have."""
+        most = self.limits.concurrent_calls
+        if most is not None and self.calls >= most:
+            raise OverLimit(self.tenant, "concurrent_calls", limit=most, used=self.calls, retry_after=1.0, daily=False)
+
     def check(self, amounts: dict[str, float], used_today: Callable[[str], Usage]) -> None:
         """Raises OverLimit when one of these amounts can't be had now; takes nothing."""
         for metric, amount in amounts.items():
@@ -131,13 +137,17 @@ class Meter:
             OverLimit: the tenant has too many calls or bytes at the moment, or for today.
         """
         account = self._account(caller.tenant)
-        most = account.limits.concurrent_calls
-        if most is not None and account.calls >= most:
-            raise OverLimit(caller.tenant, "concurrent_calls", limit=most, used=account.calls, retry_after=1.0, daily=False)
+        account.check_calls()
         self.spend(account, {"requests": 1, "bytes": size})
         account.calls += 1
         self.recorder.add(caller.tenant, kind, Usage(requests=1, received_bytes=size))
         return MeteredCall(self, account, caller, kind)
+
+    def check(self, caller: Caller) -> None:
+        """Whether one more call of the smallest size would be let in now; counts nothing. Raises OverLimit."""
+        account = self._account(caller.tenant)
+        account.check_calls()
+        account.check({"requests": 1}, self.recorder.used_today)
 
     def spend(self, account: Account, amounts: dict[str, float]) -> None:
         """All of it or, with OverLimit, nothing."""

@@ -48,18 +48,24 @@ class Observer(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic
     def __init__(self, metrics: Metrics, streams: Collection[str] = ("/lopa.v1.Inference/Generate",)) -> None:
         """streams: methods whose messages are tokens."""
         self._metrics, self._streams = metrics, streams
+        self._known: dict[str, Any] = {}
+        """Watched handlers by method: made once, not for every call."""
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
     ) -> Any:
-        handler, method = await continuation(handler_call_details), handler_call_details.method
+        method = handler_call_details.method
+        if method in self._known:
+            return self._known[method]
+        handler = await continuation(handler_call_details)
         if handler is None:
             self._metrics.calls.labels(OTHER, grpc.StatusCode.UNIMPLEMENTED.name).observe(0)
             return None
         for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream"):
             behaviour = getattr(handler, kind)
             if behaviour is not None:
-                return handler._replace(**{kind: self._watched(method, behaviour)})
+                self._known[method] = handler._replace(**{kind: self._watched(method, behaviour)})
+                return self._known[method]
         return handler
 
     def _watched(self, method: str, behaviour: Any) -> Any:

@@ -16,6 +16,11 @@ async def interleaved(streams: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGe
 
     All streams are started before the first delta is waited for. The first failure ends everything and is raised here.
     """
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as deltas:
+            async for delta in deltas:
+                yield 0, delta
+        return
     items: asyncio.Queue[Item] = asyncio.Queue(maxsize=1)
     tasks = [asyncio.create_task(_forward(index, stream, items)) for index, stream in enumerate(streams)]
     going = len(tasks)

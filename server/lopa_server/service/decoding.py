@@ -24,11 +24,16 @@ class TolerantDecoding(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
     def __init__(self, services: Collection[str]) -> None:
         """`services`: full names; their methods must pass every request through the gate."""
         self._prefixes = tuple(f"/{name}/" for name in services)
+        self._tolerant: dict[str, Any] = {}
+        """Handlers by method: made once, not for every call."""
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
     ) -> Any:
-        handler, method = await continuation(handler_call_details), handler_call_details.method
+        method = handler_call_details.method
+        if method in self._tolerant:
+            return self._tolerant[method]
+        handler = await continuation(handler_call_details)
         if handler is None or not method.startswith(self._prefixes):
             return handler
         decode = handler.request_deserializer
@@ -40,4 +45,5 @@ class TolerantDecoding(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  #
             except DecodeError:
                 return Undecodable(method)
 
-        return handler._replace(request_deserializer=tolerant)
+        self._tolerant[method] = handler._replace(request_deserializer=tolerant)
+        return self._tolerant[method]

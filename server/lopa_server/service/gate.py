@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 from grpc_status import rpc_status
 from lopa.wire.errors import Reason, WireError
 
+from lopa_server.engine.base import Engine
 from lopa_server.identity.caller import current_caller
 from lopa_server.limits import TrafficLimits
 from lopa_server.metering.meter import Meter, MeteredCall
@@ -19,6 +20,8 @@ from lopa_server.service.decoding import Undecodable
 from lopa_server.service.status import status_for
 
 STREAMS = ("Generate", "FetchBundle")
+COMPUTED = {"/lopa.v1.Inference/Generate": False, "/lopa.v1.Inference/Score": True, "/lopa.v1.Tuning/PromptGradients": True}
+"""Methods that wait for the engine, and whether with pairs."""
 
 
 class State(Enum):
@@ -38,6 +41,20 @@ class Gate:
         self._inside = 0
         self._empty = asyncio.Event()
         self._empty.set()
+        self.engine: Engine | None = None
+        """What calls will wait for, once there is one."""
+
+    async def keep(self, method: str, context: Any) -> None:
+        """A keeper of the door: what is sure to be refused isn't even decoded, so that a flood costs as little as it can.
+
+        Raises:
+            OverLimit, QueueFull, EngineStopped, EngineRestarting
+        """
+        del context
+        if method in COMPUTED and self.state is State.SERVING and self.engine is not None:
+            caller = current_caller()
+            self._meter.check(caller)
+            self.engine.check_room(caller.tenant, pairs=COMPUTED[method])
 
     @contextlib.asynccontextmanager
     async def call(self, kind: str, request: Message | Undecodable, context: Any) -> AsyncIterator[MeteredCall]:

@@ -126,6 +126,10 @@ class TorchEngine:
         with contextlib.suppress(EngineStopped):
             self._worker.send(Abort(request_id))
 
+    def check_room(self, tenant: str, *, pairs: bool) -> None:
+        self._check_running()
+        (self._calls if pairs else self._streams).check_room(tenant, time.monotonic())
+
     def nudge(self) -> None:
         """Make the thread publish new stats after its present step: one that doesn't is stuck."""
         self.abort("")
