@@ -58,17 +58,8 @@ class Checkpoint:
             "cohort": {**self.cohort.tensors, "ages": self.cohort.ages},
             "optimizer": {f"{index}.{name}": tensor for index, values in state.items() for name, tensor in values.items()},
         }
-        new, old = folder / f"{FOLDER}.new", folder / f"{FOLDER}.old"
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
-        save_file({f"{kind}/{name}": tensor.contiguous() for kind in KINDS for name, tensor in groups[kind].items()}, new / TENSORS)
         values = {name: getattr(self, name) for name in ("identity", "person", "life", "born", "step", "lives")}
-        (new / VALUES).write_text(json.dumps(values), encoding="utf-8")
-        shutil.rmtree(old, ignore_errors=True)
-        if (folder / FOLDER).exists():
-            (folder / FOLDER).rename(old)
-        new.rename(folder / FOLDER)
-        shutil.rmtree(old, ignore_errors=True)
+        write_state(folder, {f"{kind}/{name}": tensor for kind in KINDS for name, tensor in groups[kind].items()}, values)
 
     @classmethod
     def load(cls, folder: Path, identity: Mapping[str, Any]) -> Checkpoint | None:
@@ -77,15 +68,12 @@ class Checkpoint:
         Raises:
             ValueError: it belongs to another data set or configuration.
         """
-        place = next((folder / name for name in (FOLDER, f"{FOLDER}.old") if (folder / name / VALUES).is_file()), None)
-        if place is None:
+        read = read_state(folder, identity)
+        if read is None:
             return None
-        values = json.loads((place / VALUES).read_text(encoding="utf-8"))
-        if values["identity"] != _plain(identity):
-            differing = sorted(key for key in identity if values["identity"].get(key) != _plain(identity)[key])
-            raise ValueError(f"{folder} holds a run with another {', '.join(differing)}; continue with its settings or give a new folder")
+        tensors, values = read
         groups: dict[str, Tensors] = {kind: {} for kind in KINDS}
-        for key, tensor in load_file(place / TENSORS).items():
+        for key, tensor in tensors.items():
             kind, name = key.split("/", 1)
             groups[kind][name] = tensor
         ages = groups["cohort"].pop("ages")
@@ -100,6 +88,42 @@ class Checkpoint:
             index, name = key.split(".", 1)
             state.setdefault(int(index), {})[name] = tensor
         return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+
+
+def write_state(folder: Path, tensors: Tensors, values: Mapping[str, Any]) -> None:
+    """Write beside the last state, then swap: an interruption leaves one of the two whole. values["identity"] says whose state it is."""
+    new, old = folder / f"{FOLDER}.new", folder / f"{FOLDER}.old"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new / TENSORS)
+    (new / VALUES).write_text(json.dumps(values), encoding="utf-8")
+    shutil.rmtree(old, ignore_errors=True)
+    if (folder / FOLDER).exists():
+        (folder / FOLDER).rename(old)
+    new.rename(folder / FOLDER)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_state(folder: Path, identity: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]] | None:
+    """What `write_state` wrote last; None when there is nothing yet.
+
+    Raises:
+        ValueError: it belongs to another data set or configuration.
+    """
+    place = next((folder / name for name in (FOLDER, f"{FOLDER}.old") if (folder / name / VALUES).is_file()), None)
+    if place is None:
+        return None
+    values = json.loads((place / VALUES).read_text(encoding="utf-8"))
+    check_identity(folder, values["identity"], identity)
+    return load_file(place / TENSORS), values
+
+
+def check_identity(folder: Path, found: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Raises ValueError unless a folder's run was started with this identity; names what differs."""
+    wanted = _plain(identity)
+    if found != wanted:
+        differing = sorted(key for key in {*wanted, *found} if found.get(key) != wanted.get(key))
+        raise ValueError(f"{folder} holds a run with another {', '.join(differing)}; continue with its settings or give a new folder")
 
 
 def _like(tensors: Tensors, names: list[str]) -> Tensors:

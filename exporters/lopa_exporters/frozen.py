@@ -7,9 +7,10 @@ Legend: b pairs, m soft-prompt rows, d hidden size, f prefix positions, t positi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,10 +201,6 @@ class FrozenModel:
     def _logits_at(self, embeds: Tensor, rows: Tensor, places: Tensor, past: _Past | None) -> Tensor:
         """(n, v) float32 logits at n places of (b, t, d): the output head sees those places only."""
 
-        def cut(_: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (arguments[0][rows, places][None], *arguments[1:])
-
-        handle = self.model.get_output_embeddings().register_forward_pre_hook(cut)
         positions = torch.arange(embeds.shape[1], device=self.device)[None]
         inputs: dict[str, Any] = {"position_ids": positions, "use_cache": False}
         if past is not None:
@@ -214,11 +211,22 @@ class FrozenModel:
                 "past_key_values": past.cache,
                 "use_cache": True,
             }
-        try:
-            with self._autocast():
-                return self.model(inputs_embeds=embeds, **inputs).logits[0].float()
-        finally:
-            handle.remove()
+        with self._autocast(), head_at(self.model, rows, places):
+            return self.model(inputs_embeds=embeds, **inputs).logits[0].float()
+
+
+@contextlib.contextmanager
+def head_at(model: Any, rows: Tensor, places: Tensor) -> Iterator[None]:
+    """Within, the model's output head sees n places of (b, t, d) only, as (1, n, d): logits are large. rows, places: (n,) int64."""
+
+    def cut(_: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (arguments[0][rows, places][None], *arguments[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(cut)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _left_padded(rows: Sequence[Sequence[int]]) -> Tensor:
