@@ -118,6 +118,20 @@ def _check(problem: Problem, answer: str) -> Check:
     return Check(code, f"def check(candidate):\n    assert {output} == candidate()\n", expression=answer)
 
 
-_SHARED = {"stops": (END,), "cpu_seconds": 3, "starts_with_bos": True, "ends_with_eos": False}
-INPUT = CodeTask("cruxeval-i", "pass@1", _reader(_INPUT_PROMPT), check_input, lambda problem: _reference(problem, call=True), **_SHARED)
-OUTPUT = CodeTask("cruxeval-o", "pass@1", _reader(_OUTPUT_PROMPT), check_output, lambda problem: _reference(problem, call=False), **_SHARED)
+def _task(letter: str, template: str, check: Callable[[Problem, str], Check | None], *, call: bool) -> CodeTask:
+    """call: the answer is a call of f, not its value."""
+    return CodeTask(
+        f"cruxeval-{letter}",
+        "pass@1",
+        _reader(template),
+        check,
+        lambda problem: _reference(problem, call),
+        (END,),
+        cpu_seconds=3,
+        starts_with_bos=True,
+        ends_with_eos=False,
+    )
+
+
+INPUT = _task("i", _INPUT_PROMPT, check_input, call=True)
+OUTPUT = _task("o", _OUTPUT_PROMPT, check_output, call=False)

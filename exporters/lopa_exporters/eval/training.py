@@ -56,7 +56,7 @@ class Trainer:
         whole = method.name == "full"
         decaying = [tensor for tensor in method.trainable.values() if not whole or tensor.dim() > 1]
         still = [tensor for tensor in method.trainable.values() if whole and tensor.dim() <= 1]
-        groups = [{"params": decaying}, {"params": still, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": decaying}, {"params": still, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=recipe.weight_decay)
         folder.mkdir(parents=True, exist_ok=True)
         self._resume()
