@@ -3,6 +3,7 @@
     bash scripts/make_vllm_venv.sh                       # once; without it vLLM's figures are null
     python benchmarks/serving.py --json benchmarks/results/serving.json --plot docs/serving.png
     python benchmarks/serving.py --quick                 # fewer rounds: at most eight minutes
+    python benchmarks/serving.py --only prefix streams   # these figures alone
 
 Everybody serves the same Llama of 88 million random weights in bfloat16, greedily, past the end token, in a process of its own with the
 same number of threads; who isn't measured is stopped. docs/serving.md explains every figure.
@@ -57,6 +58,8 @@ class Report:
 
     figures: dict[str, float | None] = field(default_factory=lambda: dict.fromkeys(FIGURES))
     rows: list[dict[str, Any]] = field(default_factory=list)
+    users: list[dict[str, Any]] = field(default_factory=list)
+    """The rows by number of users."""
     started: float = field(default_factory=time.perf_counter)
 
     def say(self, text: str) -> None:
@@ -65,6 +68,16 @@ class Report:
     def set(self, name: str, value: float | None) -> None:
         self.figures[name] = value
         self.say(f"{name} = {'null' if value is None else f'{value:.3f}'}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much to measure."""
+
+    rounds: int
+    quick: bool
+    capacity: float
+    """Our tokens per second, of which open loops take a part."""
 
 
 def start_peers(names: Sequence[str], job: Job, folder: Path, vllm: Path, report: Report) -> dict[str, PeerProcess]:
@@ -94,7 +107,7 @@ def start_peers(names: Sequence[str], job: Job, folder: Path, vllm: Path, report
 
 
 def side_by_side(server: Server, peers: Mapping[str, PeerProcess], rounds: int, report: Report) -> dict[str, float]:
-    """Rounds in turn after one to warm up; median tokens per second of each system. Sets all figures that compare."""
+    """Rounds in turn after one to warm up; median tokens per second of each system. Sets all figures that compare, unless rounds is 0."""
     speeds: dict[str, list[float]] = {name: [] for name in ("ours", *peers)}
     decoding: list[float] = []
     for number in range(rounds + 1):
@@ -108,7 +121,9 @@ def side_by_side(server: Server, peers: Mapping[str, PeerProcess], rounds: int, 
         speeds["ours"].append(summarize(result).tokens_per_second)
         decoding.append(pure_decode_tokens_per_second(result) or 0.0)
         report.say(f"round {number}: " + ", ".join(f"{name} {values[-1]:.0f}" for name, values in speeds.items()))
-    medians = {name: median(values[1:]) for name, values in speeds.items()}
+    medians = {name: median(values[1:] or values) for name, values in speeds.items()}
+    if not rounds:
+        return medians
     report.rows += [{"name": name, "tokens_per_second": medians[name], "rounds": values[1:]} for name, values in speeds.items()]
     report.set("ours_tokens_per_second", medians["ours"])
     for name in PEERS[1:]:
@@ -117,29 +132,57 @@ def side_by_side(server: Server, peers: Mapping[str, PeerProcess], rounds: int, 
     return medians
 
 
-def ours_alone(server: Server, capacity: float, rounds: int, quick: bool, report: Report) -> list[dict[str, Any]]:
-    """Everything that needs no peer; returns the rows by number of users."""
-    users = generation.by_users(server, rounds, (1, 10_000) if quick else (1, 10, 100, 1_000, 10_000), 32 if quick else 64)
-    speed = {entry["name"]: entry["tokens_per_second"] for entry in users}
-    report.rows += users
+def _users(server: Server, plan: Plan, report: Report) -> None:
+    report.users = generation.by_users(server, plan.rounds, (1, 10_000) if plan.quick else (1, 10, 100, 1_000, 10_000), 64)
+    speed = {entry["name"]: entry["tokens_per_second"] for entry in report.users}
+    report.rows += report.users
     report.set("users_10000_over_1", speed["10000 users"] / speed["1 users"])
     report.set("personal_over_plain", speed["10000 users"] / speed["plain model"])
-    report.rows += generation.closed_loops(server, rounds)
-    report.rows += generation.open_loops(server, capacity, 8 if quick else 60)
-    prefix = generation.shared_prefix(server, rounds)
+
+
+def _loads(server: Server, plan: Plan, report: Report) -> None:
+    report.rows += generation.closed_loops(server, plan.rounds)
+    report.rows += generation.open_loops(server, plan.capacity, 8 if plan.quick else 60)
+
+
+def _prefix(server: Server, plan: Plan, report: Report) -> None:
+    prefix = generation.shared_prefix(server, plan.rounds)
     report.rows.append(prefix)
     report.set("shared_prefix_overhead", prefix["overhead"])
-    gain = gradients.batch_gain(server, rounds)
+
+
+def _gradients(server: Server, plan: Plan, report: Report) -> None:
+    gain = gradients.batch_gain(server, plan.rounds)
     report.rows.append(gain)
     report.set("gradient_batch_gain", gain["gain"])
+
+
+def _streams(server: Server, _plan: Plan, report: Report) -> None:
     ratio, streams = gradients.streams_under_gradients(server)
     report.rows += streams
     report.set("stream_p99_under_gradients", ratio)
+
+
+def _waste(server: Server, _plan: Plan, report: Report) -> None:
     report.set("kv_waste", kv_waste(server, report.rows.append))
+
+
+def _memory(server: Server, _plan: Plan, report: Report) -> None:
     memory = generation.everybody_once(server, 10_000)
     report.rows.append({"name": "10,000 users served once", **memory})
     report.set("server_bytes_per_idle_user", (memory["resident_after"] - memory["resident_before"]) / memory["users"])
-    return users
+
+
+OURS = {
+    "users": _users,
+    "loads": _loads,
+    "prefix": _prefix,
+    "gradients": _gradients,
+    "streams": _streams,
+    "waste": _waste,
+    "memory": _memory,
+}
+"""What needs no peer, in order."""
 
 
 def main() -> None:
@@ -149,31 +192,32 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer rounds and users: at most eight minutes")
     parser.add_argument("--rounds", type=int, help="default: 5, with --quick 2")
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help="default: all that are installed")
-    parser.add_argument("--only-peers", action="store_true", help="leave out what needs no peer")
+    parser.add_argument("--only", nargs="+", default=("peers", *OURS), choices=("peers", *OURS), help="measure these alone")
     parser.add_argument("--vllm", type=Path, default=ROOT / ".venv-vllm", help="vLLM's virtual environment")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of every system")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ended from outside, it still ends what it started
     rounds = args.rounds or (2 if args.quick else 5)
-    report, users = Report(), []
+    report, systems = Report(), {}
     with tempfile.TemporaryDirectory(prefix="lopa-serving-") as name:
         folder = Path(name)
         fm = make_model(folder / "fm")
         job = Job(fm, REQUESTS, generation.ROWS + generation.OWN, args.threads)
-        peers = start_peers(args.peers, job, folder, args.vllm, report)
+        peers = start_peers(args.peers if "peers" in args.only else (), job, folder, args.vllm, report)
         with ended(peers), running_server(fm, folder, 64, args.threads) as server:
             report.say("lopa serve is ready")
-            systems = side_by_side(server, peers, rounds, report)
-            if not args.only_peers:
-                with server.turn():
-                    users = ours_alone(server, systems["ours"], rounds, args.quick, report)
+            systems = side_by_side(server, peers, rounds if {"peers", "loads"} & set(args.only) else 0, report)
+            plan = Plan(rounds, args.quick, systems["ours"])
+            with server.turn():
+                for section in (section for section in OURS if section in args.only):
+                    OURS[section](server, plan, report)
     for figure, value in report.figures.items():
         print(f"{figure:32s} {'null' if value is None else f'{value:10.3f}'}")
     write(args.json, report.figures, report.rows)
     if args.plot is not None:
         from servebench.plot import draw
 
-        draw(args.plot, systems, users, machine())
+        draw(args.plot, systems, report.users, machine())
 
 
 if __name__ == "__main__":

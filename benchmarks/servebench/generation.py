@@ -90,8 +90,9 @@ def everybody_once(server: Server, users: int) -> Mapping[str, float]:
 
 
 def shared_prefix(server: Server, rounds: int, prefix: int = 512) -> dict[str, Any]:
-    """Time to prefill 32 requests behind a shared prefix that is cached, over the time for their own positions alone."""
-    alone = dataclasses.replace(PERSONAL, requests=64, users=10**6, new_tokens=(1, 1))
+    """Time to prefill 64 requests behind a shared prefix that is cached, over the time for their own positions alone."""
+    # A seed of its own: what other measurements asked for is in the prefix cache.
+    alone = dataclasses.replace(PERSONAL, requests=64, users=10**6, new_tokens=(1, 1), seed=77)
     behind = dataclasses.replace(alone, prefix_tokens=prefix)
     run(server, dataclasses.replace(behind, requests=1, concurrency=1))
     times: dict[str, list[float]] = {"alone": [], "behind": []}

@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 
 from lopa_server.engine.torch_engine.kv_pool import KvPool
 from lopa_server.engine.torch_engine.native.kernels import Kernels, PagedRows, Slots
+from lopa_server.engine.torch_engine.shared_prefix import KeysValues, attend_behind
 
 NAME = "lopa_paged"
 
@@ -37,10 +38,12 @@ class Group:
     """(b * q,) int64 places within the group for a rectangle, each sequence's first place where it has fewer; None: it is one."""
     real: torch.Tensor | None
     """Places of that rectangle which are real, in packed order; None with padded."""
+    shared: torch.Tensor | None
+    """Blocks, int64, that stand in front of all sequences alike and are read whole; None: there are none."""
     slots: torch.Tensor | None
-    """(b * l,) int64 slots to read, everything before and the new positions; None: nothing stands before."""
+    """(b * l,) int64 slots to read behind `shared`, everything before and the new positions; None: nothing stands before these."""
     masks: Mapping[int, torch.Tensor | None]
-    """By window (0: full attention): additive (b, 1, q, l), or None where causal order alone is right."""
+    """By window (0: full attention): additive (b or 1, 1, q, l), or None where causal order alone is right; with `shared` never None."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,12 @@ class PackedStep:
             keys, values = _rectangle(key, group), _rectangle(value, group)
         else:
             keys, values = self.pool.read(layer, group.slots, group.size)
-        out = score(_rectangle(query, group), keys, values, group.masks[self.windows[layer]]).transpose(1, 2).flatten(0, 1)
+        mask, queries = group.masks[self.windows[layer]], _rectangle(query, group)
+        if group.shared is None or mask is None:
+            out = score(queries, keys, values, mask)
+        else:
+            out = score.behind(queries, self.pool.read_blocks(layer, group.shared), (keys, values), mask)
+        out = out.transpose(1, 2).flatten(0, 1)
         return out if group.real is None else out.index_select(0, group.real)
 
 
@@ -140,6 +148,15 @@ class Score:
         groups = query.shape[1] // key.shape[1]
         key, value = _repeat(key, groups), _repeat(value, groups)
         return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scaling)
+
+    def behind(self, query: torch.Tensor, shared: KeysValues, own: KeysValues, mask: torch.Tensor) -> torch.Tensor:
+        """As `attend_behind`: (b, h, q, e) queries over what all sequences read, and over what each reads alone."""
+        if self.softcap is None and self.sinks is None:
+            return attend_behind(query, shared, own, mask, self.scaling)
+        keys, values = (
+            torch.cat([first[None].expand(len(query), -1, -1, -1), then], dim=2) for first, then in zip(shared, own, strict=True)
+        )
+        return self._products(query, keys, values, functional.pad(mask, (shared[0].shape[1], 0)))
 
     def _decode(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """One query a sequence: fused attention is ten times slower here than two products over the pool's own layout."""

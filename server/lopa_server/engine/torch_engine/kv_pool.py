@@ -53,6 +53,12 @@ class KvPool:
         keys, values = (held.index_select(1, slots).unflatten(1, (rows, -1)).transpose(0, 1) for held in self._layers[layer])
         return keys, values
 
+    def read_blocks(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of all that (n,) blocks hold: (h, n * block_size, e) keys and values. For full blocks only."""
+        size = self.block_size
+        keys, values = (held.unflatten(1, (-1, size)).index_select(1, blocks).flatten(1, 2) for held in self._layers[layer])
+        return keys, values
+
     def _zeros(self, like: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(False):
             return torch.zeros(like.shape[0], self.slots, like.shape[2], dtype=like.dtype, device=like.device)

@@ -6,6 +6,7 @@ positions of each (padded), l positions read.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,10 @@ SIMILAR_COUNT = 0.75
 """Pieces share a group when the shorter has at least this part of the longer's new positions."""
 SIMILAR_END = 0.5
 """And at least this part of what the longer one reads: the rest is read for nothing."""
+SHARED_POSITIONS = 64
+"""Positions in front that are read once for a group, at least."""
+SHARED_COUNT = 16
+"""New positions from which on a piece alone is worth a group of its own for that."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,13 @@ class LayoutMaker:
         self._block_size = pool.block_size
         self._windows = tuple(dict.fromkeys(windows))
         self._device, self._dtype = device, dtype
+        self._on_cpu = device.type == "cpu"
+        """Prefixes are shared there only: fused attention of a GPU needs no scores in memory."""
 
     def pack(self, pieces: Sequence[Piece]) -> Layout:
         """One row of all pieces, those of like shape side by side."""
-        order = sorted(range(len(pieces)), key=lambda index: _shape(pieces[index]))
+        fronts = self._fronts(pieces)
+        order = sorted(range(len(pieces)), key=lambda index: _shape(pieces[index], fronts[index]))
         ordered = [pieces[index] for index in order]
         counts = np.array([piece.count for piece in ordered])
         starts = np.array([piece.start for piece in ordered])
@@ -83,15 +91,15 @@ class LayoutMaker:
         if kernels is not None and counts[0] == 1:
             decoding = int((counts == 1).sum())
             groups.append(self._decoding(kernels, ordered[:decoding], tables[:decoding], first[:decoding]))
-        groups += self._groups(ordered[decoding:], tables[decoding:], first[decoding:])
+        groups += self._groups(ordered[decoding:], tables[decoding:], first[decoding:], [fronts[index] for index in order[decoding:]])
         return Layout(order, ids, positions, write, first, groups)
 
     def _decoding(self, kernels: Kernels, pieces: Sequence[Piece], tables: Int64, first: Int64) -> DecodingRows:
         rows = PagedRows(tables, np.array([piece.end for piece in pieces]), self._block_size, self._pool.blocks)
-        return DecodingRows(0, rows, kernels, lambda: self._groups(pieces, tables, first))
+        return DecodingRows(0, rows, kernels, lambda: self._groups(pieces, tables, first, [0] * len(pieces)))
 
-    def _groups(self, pieces: Sequence[Piece], tables: Int64, first: Int64) -> list[Group]:
-        return [self._group(pieces[low:high], tables[low:high], int(first[low])) for low, high in _group_bounds(pieces)]
+    def _groups(self, pieces: Sequence[Piece], tables: Int64, first: Int64, fronts: Sequence[int]) -> list[Group]:
+        return [self._group(pieces[low:high], tables[low:high], int(first[low])) for low, high in _group_bounds(pieces, fronts)]
 
     def slots(self, tables: Sequence[Sequence[int]], ends: Sequence[int]) -> torch.Tensor:
         """(b * l,) slots of each table's positions up to its end, padded on the right with slot 0."""
@@ -109,14 +117,14 @@ class LayoutMaker:
             masks[window] = self._additive(allowed)
         return masks
 
-    def causal(self, count: int) -> dict[int, torch.Tensor | None]:
-        """Masks by window where nothing stands before `count` positions: none but for windows that they cross."""
+    def causal(self, count: int, *, explicit: bool = False) -> dict[int, torch.Tensor | None]:
+        """Masks by window where nothing stands before `count` positions: none but for windows that they cross, unless `explicit`."""
         place = np.arange(count)[None]
         crossed = any(0 < window < count for window in self._windows)
-        if not crossed:
+        if not crossed and not explicit:
             return dict.fromkeys(self._windows)
         made = self.masks(place, place, np.ones((1, count), dtype=bool))
-        return {window: made[window] if 0 < window < count else None for window in self._windows}
+        return {window: made[window] if explicit or 0 < window < count else None for window in self._windows}
 
     def _group(self, pieces: Sequence[Piece], tables: Int64, start: int) -> Group:
         counts = np.array([piece.count for piece in pieces])
@@ -127,15 +135,33 @@ class LayoutMaker:
             inside = column < counts[:, None]
             padded = self._tensor((np.where(inside, column, 0) + (counts.cumsum() - counts)[:, None]).ravel())
             real = self._tensor(np.flatnonzero(inside))
-        past = width == 1 or pieces[0].start > 0
-        slots = masks = None
-        if past:
-            starts = np.array([piece.start for piece in pieces])
-            ends = starts + counts
-            slots = self._tensor(self._slots(tables, ends).ravel())
-            key = np.broadcast_to(np.arange(int(ends.max())), (len(pieces), int(ends.max())))
-            masks = self.masks(np.minimum(starts[:, None] + np.arange(width), ends[:, None] - 1), key, key < ends[:, None])
-        return Group(start, start + total, len(pieces), padded, real, slots, masks or self.causal(width))
+        starts = np.array([piece.start for piece in pieces])
+        ends = starts + counts
+        shared = self._shared(tables, starts, int(ends.max())) if width > 1 else 0
+        own, offset = tables[:, shared:], shared * self._block_size
+        slots, masks = None, self.causal(width, explicit=bool(shared))
+        if width == 1 or starts.max() > offset:
+            slots = self._tensor(self._slots(own, ends - offset).ravel())
+            key = np.broadcast_to(np.arange(offset, int(ends.max())), (len(pieces), int(ends.max()) - offset))
+            masks = {**self.masks(np.minimum(starts[:, None] + np.arange(width), ends[:, None] - 1), key, key < ends[:, None])}
+        front = self._tensor(tables[0, :shared]) if shared else None
+        return Group(start, start + total, len(pieces), padded, real, front, slots, masks)
+
+    def _fronts(self, pieces: Sequence[Piece]) -> list[int]:
+        """For each piece the first of the blocks that it reads together with others, or alone with many positions; 0: none of these."""
+        if not self._on_cpu:
+            return [0] * len(pieces)
+        firsts = [piece.table[0] if piece.count > 1 and piece.start >= SHARED_POSITIONS else 0 for piece in pieces]
+        often = Counter(firsts)
+        return [first if often[first] > 1 or piece.count >= SHARED_COUNT else 0 for first, piece in zip(firsts, pieces, strict=True)]
+
+    def _shared(self, tables: Int64, starts: Int64, end: int) -> int:
+        """Blocks in front that all sequences have in common and none writes to; 0 where that is too little, or a window hides some."""
+        whole = int(starts.min()) // self._block_size
+        alike = (tables[:, :whole] == tables[0, :whole]).all(axis=0)
+        count = whole if alike.all() else int(alike.argmin())
+        enough = count * self._block_size >= SHARED_POSITIONS and not any(0 < window < end for window in self._windows)
+        return count if enough and self._on_cpu else 0
 
     def _tables(self, tables: Sequence[Sequence[int]]) -> Int64:
         """(b, blocks) padded with block 0."""
@@ -157,17 +183,17 @@ class LayoutMaker:
         return torch.from_numpy(values).to(self._device)
 
 
-def _shape(piece: Piece) -> tuple[bool, bool, int, int]:
+def _shape(piece: Piece, front: int) -> tuple[bool, bool, int, int, int]:
     """Decoding first; of the others those that read nothing before them last; the long ones of a kind first."""
-    return (piece.count > 1, piece.start == 0, -piece.count, -piece.end)
+    return (piece.count > 1, piece.start == 0, front, -piece.count, -piece.end)
 
 
-def _group_bounds(pieces: Sequence[Piece]) -> list[tuple[int, int]]:
+def _group_bounds(pieces: Sequence[Piece], fronts: Sequence[int]) -> list[tuple[int, int]]:
     """Where groups of ordered pieces begin and end."""
     bounds: list[tuple[int, int]] = []
     low = 0
     for index in range(1, len(pieces) + 1 if pieces else 0):
-        if index == len(pieces) or not _alike(pieces[low], pieces[index]):
+        if index == len(pieces) or fronts[low] != fronts[index] or not _alike(pieces[low], pieces[index]):
             bounds.append((low, index))
             low = index
     return bounds
