@@ -125,7 +125,17 @@ def soaking(folder: Path, size: Size) -> Figures:
 
 def kills(folder: Path, size: Size) -> Figures:
     result = chaos(folder, size.tunes, size.tune_steps, size.kills)
-    return {"kills": result.kills, "tunes": size.tunes, "tunes_changed_by_kills": result.changed}
+    return {
+        "kills": result.kills["server"],
+        "engine_kills": result.kills["engine"],
+        "device_kills": result.kills["device"],
+        "tunes": size.tunes,
+        "tunes_changed_by_kills": result.changed,
+        "steps_repeated_by_kills": result.repeated,
+        "streams_beside_kills": result.streams,
+        "streams_changed_by_kills": result.wrong,
+        "untyped_errors_beside_kills": result.untyped,
+    }
 
 
 def timing(folder: Path, size: Size) -> Figures:

@@ -82,13 +82,18 @@ def free_port() -> int:
         return port
 
 
-def launch(folder: Path, port: int, options: Sequence[str] = ()) -> tuple[subprocess.Popen[bytes], Path]:
+def environment() -> dict[str, str]:
+    """Of processes that import what this one can, wherever they are started."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+def launch(folder: Path, port: int, options: Sequence[str] = (), module: str = "lopa.cli") -> tuple[subprocess.Popen[bytes], Path]:
     """Start the command; the file appears with its address once it serves."""
     ready = folder / "address"
     ready.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "lopa.cli", "serve", "--port", str(port), "--ready-file", str(ready), "--log-level", "warning"]
+    command = [sys.executable, "-m", module, "serve", "--port", str(port), "--ready-file", str(ready), "--log-level", "warning"]
     with (folder / "server.log").open("ab") as log:
-        return subprocess.Popen([*command, *options], stdout=log, stderr=log, cwd=folder), ready
+        return subprocess.Popen([*command, *options], stdout=log, stderr=log, cwd=folder, env=environment()), ready
 
 
 def wait_ready(process: subprocess.Popen[bytes], ready: Path) -> str:

@@ -38,7 +38,7 @@ def timings(server: Server, first: str, second: str, trials: int, seed: int = 0)
 def _first_token(stub: inference_pb2_grpc.InferenceStub, server: Server, tenant: str, ids: list[int]) -> float:
     request = inference_pb2.GenerateRequest(prompt=pb.Prompt(tokens=pb.TokenIds(ids=ids)), sampling=inference_pb2.Sampling(max_tokens=1))
     started = time.perf_counter()
-    call = stub.Generate(request, metadata=server.as_tenant(tenant), timeout=60)
+    call = stub.Generate(request, metadata=server.as_tenant(tenant), timeout=300)
     next(call)
     taken = time.perf_counter() - started
     for _ in call:
