@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 TORCH := $(shell grep -i '^torch==' constraints.txt)
 
-.PHONY: help demo test check proto bench docs clean
+.PHONY: help demo test check secrets audit proto bench docs clean
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
@@ -30,12 +30,21 @@ demo: $(VENV)/.demo  ## eight users tune at the same time, then generate in one 
 test: $(VENV)/.dev  ## every test that needs no patience (all of them: make test ARGS="-m ''")
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-check: $(VENV)/.dev  ## format, lint, types, generated code
+check: $(VENV)/.dev  ## format, lint, types, generated code, licences
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python scripts/generate_proto.py --check
 	$(BIN)/python scripts/generate_error_table.py --check
+	$(BIN)/python scripts/sbom.py
+
+secrets: $(VENV)/.dev  ## keys and passwords in the tree (ten seconds)
+	$(BIN)/python scripts/check_secrets.py
+
+audit: $(VENV)/.base  ## known weaknesses of the pinned dependencies: asks the network, so it is no part of check
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install -q pip-audit
+	$(VENV)/audit/bin/pip-audit --strict --disable-pip --no-deps -r constraints.txt
 
 proto: $(VENV)/.dev  ## regenerate sdk/lopa/v1 from proto/
 	$(BIN)/python scripts/generate_proto.py
