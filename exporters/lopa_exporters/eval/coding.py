@@ -78,7 +78,8 @@ def evaluate_code(plan: EvalPlan, reporter: Reporter) -> dict[str, Any]:
     identity = plan.identity(files)
     claim(plan.run, identity)
 
-    fm = FrozenModel.load(plan.fm, device=plan.device)
+    # Full fine-tuning needs float32 weights under autocast; frozen ones may be smaller.
+    fm = FrozenModel.load(plan.fm, device=plan.device, bf16=plan.bf16 and plan.method != "full")
     method = build_method(plan.method, plan.recipe, fm, plan.seed)
     fm = dataclasses.replace(fm, model=method.model, bf16=plan.bf16)
     reader = Reader(fm, task, plan, method.soft.config.soft_prompt_rows if method.soft else 0)
@@ -195,27 +196,36 @@ def _write(
     """What the model writes for each problem; kept in predictions.jsonl as it comes, so an interrupted run goes on behind it."""
     path = plan.run / PREDICTIONS
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    written = {row["id"]: row["written"] for row in (json.loads(line) for line in lines if line.endswith("\n"))}
-    how = Writing(reader.task.stops, plan.recipe.temperature, plan.recipe.top_p)
+    earlier = {row["id"]: row["written"] for row in (json.loads(line) for line in lines if line.endswith("\n"))}
+    written: dict[str, str] = {}
     prompts = reader.prompts(test)
-    left = [i for i, problem in enumerate(test) if problem.id not in written]
     with path.open("w", encoding="utf-8") as file, reporter.task("Writing", len(test)) as done:
-        file.writelines(json.dumps({"id": name, "written": text}) + "\n" for name, text in written.items())
-        done(len(written), "")
-        for start in range(0, len(left), plan.batch):
-            rows = left[start : start + plan.batch]
-            able = [row for row in rows if reader.room(prompts[row]) > 0]
-            torch.manual_seed(plan.seed + rows[0])
-            soft = _soft(method, features, able, train=False) if able else None
+        for start in range(0, len(test), plan.batch):
+            rows = list(range(start, min(start + plan.batch, len(test))))
+            names = [test[row].id for row in rows]
+            # A batch that was cut off is written again as a whole: sampling draws for all of its rows.
             texts = (
-                continue_prompts(reader.fm, soft, [prompts[row] for row in able], [reader.room(prompts[row]) for row in able], how)
-                if able
-                else []
+                [earlier[name] for name in names]
+                if earlier.keys() >= set(names)
+                else _answers(plan, method, features, reader, prompts, rows)
             )
-            answers = dict(zip(able, texts, strict=True))
-            for row in rows:
-                written[test[row].id] = answers.get(row, "")
-                file.write(json.dumps({"id": test[row].id, "written": answers.get(row, "")}) + "\n")
+            written |= zip(names, texts, strict=True)
+            file.writelines(json.dumps({"id": name, "written": text}) + "\n" for name, text in zip(names, texts, strict=True))
             file.flush()
             done(len(rows), "")
     return [written[problem.id] for problem in test]
+
+
+def _answers(
+    plan: EvalPlan, method: Method, features: Features | None, reader: Reader, prompts: Sequence[Sequence[int]], rows: Sequence[int]
+) -> list[str]:
+    """One batch; a prompt that leaves no room has no answer."""
+    able = [row for row in rows if reader.room(prompts[row]) > 0]
+    if not able:
+        return [""] * len(rows)
+    torch.manual_seed(plan.seed + rows[0])
+    how = Writing(reader.task.stops, plan.recipe.temperature, plan.recipe.top_p)
+    soft = _soft(method, features, able, train=False)
+    texts = continue_prompts(reader.fm, soft, [prompts[row] for row in able], [reader.room(prompts[row]) for row in able], how)
+    answers = dict(zip(able, texts, strict=True))
+    return [answers.get(row, "") for row in rows]

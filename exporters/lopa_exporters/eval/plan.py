@@ -17,6 +17,8 @@ from lopa_exporters.checkpoint import check_identity
 from lopa_exporters.eval.metrics import Figure
 from lopa_exporters.eval.recipes import Recipe
 from lopa_exporters.eval.tables import digest
+from lopa_exporters.hub import resolve_folder
+from lopa_exporters.static import find_static
 
 PREDICTIONS, RUN, REPORT = "predictions.jsonl", "run.json", "report.json"
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "numpy")
@@ -53,10 +55,12 @@ class EvalPlan:
 
     def identity(self, files: Sequence[Path]) -> dict[str, Any]:
         """What makes a run this run, for its folder."""
+        read = self.recipe.encoder if self.method == "lopa" else ""
         return {
             "task": self.task,
             "method": self.method,
             "fm": fingerprint_folder(self.fm),
+            "encoder": fingerprint_folder(resolve_folder(read)) if read and find_static(Path(read)) is None else read,
             "data": digest(list(files)),
             "recipe": dataclasses.asdict(self.recipe),
             "limit": self.limit,
@@ -97,6 +101,7 @@ def write_report(plan: EvalPlan, identity: dict[str, Any], figures: Sequence[Fig
         "limit": plan.limit,
         "hyperparameters": identity["recipe"],
         "fm": {"name": plan.fm.name, "fingerprint": identity["fm"]},
+        "encoder": {"name": Path(plan.recipe.encoder).name, "fingerprint": identity["encoder"]} if plan.method == "lopa" else None,
         "data": {"sha256": identity["data"]},
         "bf16": plan.bf16,
         "versions": versions(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -155,19 +156,21 @@ def test_the_environment_is_empty_and_input_has_ended(sandbox: Sandbox, monkeypa
     assert not run(sandbox, "import torch\n" + RIGHT).passed
 
 
-def test_nothing_is_left_behind(sandbox: Sandbox) -> None:
+def test_nothing_is_left_behind(sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither processes nor folders nor pipes."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     def mine() -> tuple[set[str], int, set[str]]:
         listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True, check=True)
         children = {line for line in listed.stdout.splitlines() if "jail" in line}
-        return children, len(list(Path("/proc/self/fd").iterdir())), {path.name for path in Path("/tmp").glob("lopa-eval-*")}
+        return children, len(list(Path("/proc/self/fd").iterdir())), {path.name for path in tmp_path.iterdir()}
 
     run(sandbox, RIGHT)
     before = mine()
     for program in (RIGHT, "while True: pass", "import os\nos._exit(0)"):
         run(sandbox, program)
     assert not before[0]
+    assert not before[2]
     assert mine() == before
 
 
