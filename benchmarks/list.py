@@ -9,10 +9,12 @@ HELPERS = {"list.py", "report.py"}
 
 
 def main() -> None:
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.name not in HELPERS and not path.name.startswith("_"):
-            summary = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]
-            print(f"{path.relative_to(Path(__file__).parent.parent)}\t{summary}")
+    here = Path(__file__).parent
+    scripts = {path: path for path in here.glob("*.py") if path.name not in HELPERS and not path.name.startswith("_")}
+    scripts |= {path.parent: path for path in here.glob("*/__main__.py")}
+    for name, path in sorted(scripts.items()):
+        summary = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]
+        print(f"{name.relative_to(here.parent)}\t{summary}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
+import torch
 from lopa.bundle import TuningDefaults
 from lopa.examples import permutation
 from lopa.tuning import TuneConfig
@@ -25,7 +26,7 @@ from lopa_exporters.cohort import StepSettings
 from lopa_exporters.data import Dataset, build_dataset, read_examples
 from lopa_exporters.encoder import Encoder, EncoderConfig
 from lopa_exporters.frozen import FrozenModel
-from lopa_exporters.lopa import LoPA, LoPAConfig
+from lopa_exporters.lopa import LoPA, LoPAConfig, init_corrections
 from lopa_exporters.pipeline import ExportPlan, load_encoder, prepare, start_lopa
 from lopa_exporters.population import PopulationConfig, PopulationTrainer
 from lopa_exporters.simulate import evaluate, tune_personal
@@ -42,7 +43,14 @@ METHOD = LoPAConfig(
     inner_std=0.045,
     output_std=0.07,  # the gate starts open to both sides: with 0.2 it is saturated at this width, and hardly learns
     dropout=0.05,
+    z_start="product",
 )
+"""What the shared part is trained with."""
+DEVICE = {"z_start": "direct", "z_rank": 10, "z_gain": 1.5, "correction_gain": 0.3}
+"""What devices tune with, over the same shared part, chosen on the development packages: at full rank, with B zero and five times the gain
+the personal prompt moves as far and as freely as prompt tuning's does, and the corrections follow more slowly (docs/quality.md)."""
+GATE_SCALE = 0.3
+"""Of U, on devices: a personal prompt that goes far is multiplied by the gate, so what the population's gate does to it has to be less."""
 TUNING = TuningDefaults(learning_rate=3e-2, steps=150, batch_size=16)
 TEST_ITEMS = 48
 PREFIX_BYTES = 5 << 30
@@ -70,6 +78,13 @@ def develop(fm: FrozenModel, dataset: Dataset, lopa: LoPA, tuning: TuningDefault
         means = {key: fmean(float(str(row[key])) for row in chosen) for key in ("plain", "start", "own", "plain_accuracy", "own_accuracy")}
         print(task, {key: round(value, 3) for key, value in means.items()}, flush=True)
     return rows
+
+
+def for_devices(lopa: LoPA, seed: int) -> LoPA:
+    """The trained shared part with a flatter gate, under the devices' gains and start values."""
+    config = dataclasses.replace(lopa.config, **DEVICE)
+    scaled = {name: GATE_SCALE * lopa.shared[name] for name in ("W2u", "b2u")}
+    return LoPA(config, {**lopa.shared, **scaled}, init_corrections(config, torch.Generator().manual_seed(seed)))
 
 
 def main() -> None:
@@ -108,6 +123,7 @@ def main() -> None:
     with reporter.task("Training the shared part", training.steps) as advance:
         advance(trainer.state.step, "")
         lopa = trainer.run(lambda _step, loss: advance(1, f"NLL {loss:.3f} per token"))
+    lopa = for_devices(lopa, plan.seed)
     spec = dataclasses.replace(read_fm_spec(plan.fm), name="lopa-nano")
     export_bundle(plan.out, fm=spec, encoder=encoder, lopa=lopa, tuning=TUNING)
     if args.develop:

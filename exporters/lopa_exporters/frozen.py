@@ -59,7 +59,7 @@ class PrefixStore:
 
 
 @dataclass(frozen=True)
-class _Past:
+class Past:
     """What was read before the soft prompts: transformers' cache, and (b, f) int64, 1 at real tokens."""
 
     cache: Any
@@ -150,7 +150,7 @@ class FrozenModel:
     def _losses(self, soft: Tensor | None, pairs: Sequence[TokenPair]) -> tuple[Tensor, Tensor]:
         """nll and exact of pairs of about one length. Padding stands at the end, where causal attention never reads it."""
         m = 0 if soft is None else soft.shape[1]
-        past = self._read([pair.prefix for pair in pairs]) if m and pairs[0].prefix else None
+        past = self._past(m, pairs)
         heads = [[*pair.prompt] if past else [*pair.prefix, *pair.prompt] for pair in pairs]
         # The last target token is only predicted, never read.
         rows = [torch.tensor([*head, *pair.target][:-1], dtype=torch.long) for head, pair in zip(heads, pairs, strict=True)]
@@ -165,7 +165,11 @@ class FrozenModel:
         nll = zeros.index_add(0, owners, functional.cross_entropy(logits, wanted, reduction="none"))
         return nll, zeros.index_add(0, owners, (logits.argmax(dim=-1) != wanted).float()) == 0
 
-    def _read(self, prefixes: Sequence[Sequence[int]]) -> _Past:
+    def _past(self, rows: int, pairs: Sequence[TokenPair]) -> Past | None:
+        """What is read apart and before the rest: the prefixes, if soft rows stand behind them. All pairs have one, or none has."""
+        return self._read([pair.prefix for pair in pairs]) if rows and pairs[0].prefix else None
+
+    def _read(self, prefixes: Sequence[Sequence[int]]) -> Past:
         """Keys and values of prefixes. Padded on the left, so that what follows has its true distance to every token."""
         from transformers import DynamicCache
 
@@ -179,7 +183,7 @@ class FrozenModel:
         cache: Any = DynamicCache()
         for layer, (keys, values) in enumerate(padded):
             cache.update(keys, values, layer)
-        return _Past(cache, _left_padded([[1] * len(prefix) for prefix in prefixes]).to(self.device))
+        return Past(cache, _left_padded([[1] * len(prefix) for prefix in prefixes]).to(self.device))
 
     @torch.no_grad()
     def _compute(self, prefixes: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -198,7 +202,7 @@ class FrozenModel:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-    def _logits_at(self, embeds: Tensor, rows: Tensor, places: Tensor, past: _Past | None) -> Tensor:
+    def _logits_at(self, embeds: Tensor, rows: Tensor, places: Tensor, past: Past | None) -> Tensor:
         """(n, v) float32 logits at n places of (b, t, d): the output head sees those places only."""
 
         positions = torch.arange(embeds.shape[1], device=self.device)[None]

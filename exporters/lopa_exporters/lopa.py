@@ -32,6 +32,7 @@ from torch.nn import functional
 Tensors = dict[str, Tensor]
 PROFILES = ("factors", "heads", "prompt")
 COMPOSITIONS = ("product", "add", "concat", "max", "none")
+Z_STARTS = ("direct", "product")
 MATRICES = ("W1u", "W2u", "W1v", "W2v")
 BIASES = ("b1u", "b2u", "b1v", "b2v")
 
@@ -68,6 +69,9 @@ class LoPAConfig:
     """g: one step of Adam moves every tensor alike, so the size of an embedding's entries belongs here (factors only)."""
     correction_gain: float = 1.0
     """c, likewise for the heads' corrections (factors only)."""
+    z_start: str = "direct"
+    """Which side of a new user's A B^T is zero (factors only). "direct": B, and A has orthogonal columns, so that the first step moves
+    Z as freely as k allows; "product": A, and B is N(0, 1)."""
     inner_std: float = 0.02
     """Start of W1u and W1v: N(0, inner_std)."""
     output_std: float = 0.02
@@ -87,6 +91,8 @@ class LoPAConfig:
             raise ValueError(f"profile prompt has no instance part: its composition is none, not {self.composition}")
         if self.z_rank < 1 or any(name not in MATRICES or rank < 1 for name, rank in self.corrections.items()):
             raise ValueError(f"z_rank and every rank of corrections must be at least 1, for matrices of {', '.join(MATRICES)}")
+        if self.z_start not in Z_STARTS:
+            raise ValueError(f"z_start is {self.z_start!r}; known are {', '.join(Z_STARTS)}")
         if any(name not in BIASES for name in self.bias_corrections):
             raise ValueError(f"bias_corrections is {self.bias_corrections}; known are {', '.join(BIASES)}")
         if not 0 <= self.dropout < 1 or self.head_width < 0:
@@ -223,13 +229,25 @@ def init_lopa(config: LoPAConfig, embeddings: Tensor, generator: torch.Generator
 def init_corrections(config: LoPAConfig, generator: torch.Generator) -> Tensors:
     """A new user's factors: the method's own prompt to begin with, and a gradient for every product.
 
-    `A` and `P` are zero, so nothing is changed yet; `B` is N(0, 1) and `Q` is N(0, 1/in), so that the first step already moves.
+    Of each product one side is zero, so nothing is changed yet: `P`, with `Q` N(0, 1/in), and what `LoPAConfig.z_start` says of `Z`.
     """
     start = {}
     for name, shape in config.personal_shapes().items():
-        std = {"B": 1.0, "Q": shape[0] ** -0.5}.get(name.split(".")[1], 0.0)
+        kind = name.split(".")[1]
+        if config.z_start == "direct" and kind in ("A", "B"):
+            start[name] = _orthogonal(shape, generator) if kind == "A" else torch.zeros(shape)
+            continue
+        std = {"B": 1.0, "Q": shape[0] ** -0.5}.get(kind, 0.0)
         start[name] = std * torch.randn(shape, generator=generator)
     return start
+
+
+def _orthogonal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """(m, k) with orthogonal columns and rows of unit norm in the mean; if k is m or more, the identity, then zeros."""
+    rows, columns = shape
+    if columns >= rows:
+        return torch.eye(rows, columns)
+    return (rows / columns) ** 0.5 * torch.linalg.qr(torch.randn(shape, generator=generator))[0]
 
 
 def config_to_dict(config: LoPAConfig) -> dict[str, object]:

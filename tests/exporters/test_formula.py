@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from lopa_exporters.lopa import LoPAConfig, init_lopa, soft_prompt
+from lopa_exporters.lopa import LoPAConfig, init_corrections, init_lopa, soft_prompt
 from numpy.typing import NDArray
 
 M, D, H, W, B = 5, 48, 24, 16, 3
@@ -80,16 +80,27 @@ def test_prompt_profile_is_prompt_tuning() -> None:
     assert torch.equal(soft_prompt(method, {}, personal, torch.randn(B, H)), personal["Z"].expand(B, M, D))
 
 
-def test_a_new_user_has_the_shared_prompt_and_moves_at_the_first_step() -> None:
+@pytest.mark.parametrize(("z_start", "side"), [("direct", "Z.B"), ("product", "Z.A")])
+def test_a_new_user_has_the_shared_prompt_and_moves_at_the_first_step(z_start: str, side: str) -> None:
     """Nothing is changed at the start, and of every product one factor has a gradient."""
-    method = config("factors", 2, output_std=0.2, inner_std=0.2, bias_corrections=("b2u",))
+    method = config("factors", 2, output_std=0.2, inner_std=0.2, bias_corrections=("b2u",), z_start=z_start)
     lopa = init_lopa(method, torch.randn(100, D), torch.Generator().manual_seed(0))
     x = torch.randn(B, H)
     assert torch.equal(lopa(x), soft_prompt(config("heads", 2), {}, lopa.shared, x))
     start = {name: tensor.clone().requires_grad_() for name, tensor in lopa.start.items()}
     soft_prompt(method, lopa.shared, start, x).square().sum().backward()
     moved = {name for name, tensor in start.items() if tensor.grad is not None and tensor.grad.abs().max() > 0}
-    assert moved == {"Z.A", "W1u.P", "W2u.P", "W1v.P", "W2v.P", "b2u.delta"}
+    assert moved == {side, "W1u.P", "W2u.P", "W1v.P", "W2v.P", "b2u.delta"}
+
+
+@pytest.mark.parametrize("rank", [1, 2, M, M + 2])
+def test_a_direct_start_reaches_rows_evenly(rank: int) -> None:
+    """A's columns are orthogonal and its rows of unit norm in the mean; at full rank each column is one row of Z."""
+    start = init_corrections(config("factors", 1, z_rank=rank), torch.Generator().manual_seed(0))["Z.A"]
+    gram = start.T @ start
+    assert torch.allclose(gram, torch.diag(gram.diag()), atol=1e-5)
+    assert start.square().sum(dim=1).mean().item() == pytest.approx(1.0, abs=1e-5)
+    assert rank < M or torch.equal(start[:, :M], torch.eye(M))
 
 
 def test_dropout_differs_between_the_heads_and_is_off_by_default() -> None:

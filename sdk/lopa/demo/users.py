@@ -129,11 +129,11 @@ def _completion(user: str, modules: dict[str, str], sizes: TaskSizes, rng: rando
     for name in names:
         (test if len(test) < wanted else tuning).extend(cut[name])
     seen = {line.strip() for item in tuning for line in (item.text + item.target).splitlines()}
-    test = [item for item in test if not _mostly_seen(item.target, seen)]
+    test = [item for item in test if not mostly_seen(item.target, seen)]
     return TaskData(user, "completion", _sample(tuning, sizes.max_tuning, rng), _sample(test, sizes.max_test, rng))
 
 
-def _mostly_seen(text: str, seen: set[str]) -> bool:
+def mostly_seen(text: str, seen: set[str]) -> bool:
     """Whether most lines of a test target stand in the tuning items word for word (licence headers, copied blocks)."""
     lines = [line.strip() for line in text.splitlines() if len(line.strip()) > 12]
     return bool(lines) and sum(line in seen for line in lines) > len(lines) / 2

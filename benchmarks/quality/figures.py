@@ -1,0 +1,149 @@
+"""From finished cells to figures: gains with the guard on, means over users, and 95 % intervals by bootstrap over users.
+
+A user's gain is averaged over seeds, and over tasks where a figure spans them; users are then what is averaged and resampled. Methods are
+compared on the same cells only: a (task, user, seed) counts once all of them have been measured on it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.quality.cell import Cell
+from benchmarks.quality.methods import COMPARED, MAIN
+from benchmarks.quality.store import Row, Store
+from benchmarks.quality.tasks import TASKS
+
+RESAMPLES = 10_000
+FEW = 20
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over users, or a ratio of two, with the bounds of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    users: int
+
+
+@dataclass(frozen=True)
+class Results:
+    """Rows of the grid's cells, by cell."""
+
+    rows: Mapping[Cell, Row]
+
+    @classmethod
+    def of(cls, store: Store, grid: Iterable[Cell]) -> Results:
+        """What the store has of a grid."""
+        return cls({cell: store.rows[cell.key()] for cell in grid if cell in store})
+
+    def plain(self, cell: Cell) -> Row:
+        """The plain model on the same items."""
+        return self.rows[Cell("none", cell.task, cell.user, cell.seed, cell.size)]
+
+    def has_plain(self, cell: Cell) -> bool:
+        return Cell("none", cell.task, cell.user, cell.seed, cell.size) in self.rows
+
+    def gain(self, cell: Cell, guarded: bool = True) -> float:
+        """Relative fall of the NLL on test items: 0.1 is 10 %. With the guard, what is no better on validation is not used."""
+        plain, own = self.plain(cell), self.rows[cell]
+        kept = own["validation_nll"] < plain["validation_nll"] or not guarded
+        return 1 - own["test_nll"] / plain["test_nll"] if kept else 0.0
+
+    def select(self, method: str, tasks: Sequence[str] = TASKS, size: int | None = None) -> list[Cell]:
+        """A method's own cells that have a plain one beside them."""
+        return [
+            cell
+            for cell in self.rows
+            if cell.method == method and cell.task in tasks and cell.size == size and not cell.owner and self.has_plain(cell)
+        ]
+
+    def common(self, tasks: Sequence[str] = TASKS) -> dict[str, list[Cell]]:
+        """Cells of the main methods, all items, on what all of `COMPARED` were measured on; methods without any are left out."""
+        chosen = {method: {(cell.task, cell.user, cell.seed): cell for cell in self.select(method, tasks)} for method in MAIN}
+        shared = set.intersection(*(set(chosen[method]) for method in COMPARED))
+        kept = {method: [cell for place, cell in cells.items() if place in shared] for method, cells in chosen.items()}
+        return {method: cells for method, cells in kept.items() if cells}
+
+
+def by_user(cells: Sequence[Cell], value: Callable[[Cell], float]) -> dict[str, float]:
+    """Each user's mean: over seeds within a task, then over tasks."""
+    values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for cell in cells:
+        values[cell.user][cell.task].append(value(cell))
+    return {user: fmean(fmean(seeds) for seeds in tasks.values()) for user, tasks in values.items()}
+
+
+def _resamples(count: int) -> NDArray[np.int64]:
+    return np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
+
+
+def estimate(users: Mapping[str, float]) -> Estimate:
+    """Mean over users and its interval: percentiles of the mean over users drawn with replacement."""
+    values = np.array(list(users.values()))
+    low, high = np.percentile(values[_resamples(len(values))].mean(axis=1), [2.5, 97.5])
+    return Estimate(float(values.mean()), float(low), float(high), len(values))
+
+
+def ratio(above: Mapping[str, float], below: Mapping[str, float]) -> Estimate:
+    """Ratio of two means over the same users; both are resampled together."""
+    first, second = (np.array([users[user] for user in above]) for users in (above, below))
+    drawn = _resamples(len(first))
+    ratios = first[drawn].mean(axis=1) / second[drawn].mean(axis=1)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return Estimate(float(first.mean() / second.mean()), float(low), float(high), len(first))
+
+
+def figures(results: Results) -> dict[str, float]:
+    """Every published figure by name; of each estimate also NAME_low and NAME_high. Tasks not measured yet are left out."""
+    values: dict[str, float] = {}
+    finished = [task for task in TASKS if results.common((task,))]
+    values |= _gains(_everywhere(results.common(finished), finished), results, "")
+    for task in finished:
+        values |= _gains(results.common((task,)), results, f"_{task}")
+    if "filing" in finished:
+        for method, cells in results.common(("filing",)).items():
+            _put(values, f"{method}_filing_accuracy", estimate(by_user(cells, lambda cell: results.rows[cell]["accuracy"])))
+    few = results.select("default", ("filing",), FEW)
+    if few:
+        values[f"users_improved_{FEW}_examples"] = sum(gain > 0 for gain in by_user(few, results.gain).values())
+    for method in ("default", "lora_r8"):
+        row = next((results.rows[cell] for cell in results.select(method)), None)
+        if row:
+            values[f"{method}_bytes"] = row["device_bytes"] + row["server_bytes"]
+    values |= {"users": len({cell.user for cell in results.rows}), "seeds": len({cell.seed for cell in results.rows})}
+    return values
+
+
+def _everywhere(common: Mapping[str, Sequence[Cell]], tasks: Sequence[str]) -> dict[str, list[Cell]]:
+    """Only users who were measured on every task, so that users' means over tasks are alike."""
+    kept = {}
+    for method, cells in common.items():
+        users = {user for user in {cell.user for cell in cells} if {cell.task for cell in cells if cell.user == user} == set(tasks)}
+        kept[method] = [cell for cell in cells if cell.user in users]
+    return {method: cells for method, cells in kept.items() if cells}
+
+
+def _gains(common: Mapping[str, Sequence[Cell]], results: Results, suffix: str) -> dict[str, float]:
+    values: dict[str, float] = {}
+    if not common:
+        return values
+    _put(values, f"none_nll{suffix}", estimate(by_user(common["none"], lambda cell: results.rows[cell]["test_nll"])))
+    gains = {method: by_user(cells, results.gain) for method, cells in common.items() if method != "none"}
+    for method, users in gains.items():
+        _put(values, f"{method}_gain{suffix}", estimate(users))
+    for other in ("prompt_tuning", "lora_r8"):
+        _put(values, f"default_over_{other}{suffix}", ratio(gains["default"], gains[other]))
+    values[f"users_improved{suffix}"] = sum(gain > 0 for gain in gains["default"].values())
+    return values
+
+
+def _put(values: dict[str, float], name: str, found: Estimate) -> None:
+    values |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}

@@ -1,0 +1,1 @@
+"""What is tuned for one user, method by method, behind one small protocol."""

@@ -1,0 +1,62 @@
+"""What a method gets of one user and task: token pairs, encoder features, and which of them to learn from.
+
+Legend: n items, h encoder width, m soft-prompt rows, d hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from lopa.demo.users import Item, TaskData
+from lopa.encoder import PromptEncoder
+from lopa.examples import permutation
+from lopa.values import Float32
+from lopa_exporters.frozen import FrozenModel, TokenPair
+
+MAX_VALIDATION = 24
+VALIDATION_SHARE = 0.2
+"""Of the items given, at most `MAX_VALIDATION` and at least one: the device's default share."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """pairs and features (name -> (n, ...)) of all items, tuning items first; the rest are indices into them."""
+
+    data: TaskData
+    items: tuple[Item, ...]
+    pairs: tuple[TokenPair, ...]
+    features: Mapping[str, Float32]
+    training: tuple[int, ...]
+    validation: tuple[int, ...]
+    test: tuple[int, ...]
+    labels: tuple[tuple[int, ...], ...]
+    """Filing: each label's tokens, the end token included."""
+
+    def of(self, rows: Sequence[int]) -> list[TokenPair]:
+        """Pairs of some items."""
+        return [self.pairs[row] for row in rows]
+
+
+def prepare(data: TaskData, fm: FrozenModel, encoder: PromptEncoder, size: int | None, seed: int) -> Material:
+    """Tokenize, encode and split. size: tuning items that the user has; None is all of them."""
+    count = len(data.tuning) if size is None else min(size, len(data.tuning))
+    items = (*data.tuning[:count], *data.test)
+    order = permutation(count, "quality", seed)
+    held = min(MAX_VALIDATION, max(1, round(VALIDATION_SHARE * count)))
+    targets = fm.tokenize_targets([item.target for item in items], [item.append_end for item in items])
+    prompts = fm.tokenize_targets([item.prompt for item in items], [False] * len(items))
+    prefixes = fm.tokenize_prompts([item.prefix for item in items])
+    labels = fm.tokenize_targets(data.labels, [True] * len(data.labels)) if data.labels else []
+    pairs = tuple(map(TokenPair, prompts, targets, prefixes))
+    return Material(
+        data,
+        items,
+        pairs,
+        {name: np.asarray(value) for name, value in encoder.encode([item.text for item in items]).items()},
+        training=tuple(sorted(order[held:])),
+        validation=tuple(sorted(order[:held])),
+        test=tuple(range(count, len(items))),
+        labels=tuple(map(tuple, labels)),
+    )

@@ -1,0 +1,109 @@
+"""Every method by name: how its learner is made, and which method's learning rate it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+from lopa.encoder import PromptEncoder
+from lopa_exporters.frozen import FrozenModel
+from lopa_exporters.lopa import LoPAConfig
+
+from benchmarks.quality.learners import prompts, shared
+from benchmarks.quality.learners.device import DeviceLearner
+from benchmarks.quality.learners.learner import Learner, PlainLearner
+from benchmarks.quality.learners.prefix import PrefixLearner
+from benchmarks.quality.learners.weights import full, lora
+from benchmarks.quality.material import Material
+
+ROWS = 10
+"""m of every prompt, as in the shipped bundle."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all methods share: the model, and the shipped bundle's encoder."""
+
+    fm: FrozenModel
+    encoder: PromptEncoder
+
+
+Make = Callable[[Bench, Material, int], Learner]
+"""(bench, material, seed) -> a learner at its start."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """title: for people. rate: where the search for its learning rate begins. like: the method whose rate it takes, instead of a search."""
+
+    title: str
+    make: Make
+    rate: float = 0.0
+    like: str = ""
+
+
+def _heads(bench: Bench, material: Material, seed: int, *, z_rate: float = 1.0, **changes: object) -> Learner:
+    config = LoPAConfig(hidden=bench.fm.hidden, features=next(iter(material.features.values())).shape[1], rows=ROWS, profile="heads")
+    return prompts.heads(bench.fm, material, seed, replace(config, **changes), z_rate)  # type: ignore[arg-type]
+
+
+def _factors(bench: Bench, material: Material, seed: int, *, trained: bool = True, **changes: object) -> Learner:
+    lopa = shared.rebuilt(bench.encoder.bundle, bench.fm, seed, trained=trained, **changes)
+    return prompts.from_lopa(bench.fm, material, lopa)
+
+
+def _prompt(start: str) -> Make:
+    return lambda bench, material, seed: prompts.prompt_tuning(bench.fm, material, seed, rows=ROWS, start=start)
+
+
+METHODS: dict[str, Method] = {
+    "none": Method("plain model", lambda bench, _material, _seed: PlainLearner(bench.fm)),
+    "prompt_tuning": Method("prompt tuning, vocabulary start", _prompt("SAMPLE_VOCAB"), rate=0.1),
+    "default": Method("LoPA, the shipped default", lambda bench, material, _: DeviceLearner(bench.fm, bench.encoder, material), rate=0.03),
+    "heads": Method("LoPA heads, as in the paper", _heads, rate=0.003),
+    "lora_r8": Method("LoRA r = 8", lambda bench, _material, seed: lora(bench.fm, seed, 8), rate=0.003),
+    "full": Method("full fine-tuning", lambda bench, _material, _seed: full(bench.fm), rate=0.0003),
+    "prompt_tuning_random": Method("prompt tuning, random start", _prompt("RANDOM"), rate=0.1),
+    "prefix_tuning": Method("prefix tuning", lambda bench, _material, seed: PrefixLearner(bench.fm, seed, ROWS), rate=0.03),
+    "idpg": Method("IDPG", lambda bench, material, seed: prompts.idpg(bench.fm, material, seed, rows=ROWS), rate=0.003),
+    **{
+        f"lora_r{rank}": Method(f"LoRA r = {rank}", lambda bench, _, seed, rank=rank: lora(bench.fm, seed, rank), like="lora_r8")
+        for rank in (1, 16)
+    },
+    **{f"heads_r{rank}": Method(f"LoPA heads, rank {rank}", partial(_heads, rank=rank), like="heads") for rank in (1, 2, 8)},
+    **{f"heads_m{rows}": Method(f"LoPA heads, {rows} rows", partial(_heads, rows=rows), like="heads") for rows in (5, 25)},
+    "heads_far": Method("LoPA heads, Z at 30 times the rate", partial(_heads, z_rate=30.0), like="heads"),
+    "heads_open": Method("LoPA heads, N(0, 0.2) start", partial(_heads, output_std=0.2), like="heads"),
+    **{
+        f"heads_{name}": Method(f"LoPA heads, {name} for product", partial(_heads, composition=name), like="heads")
+        for name in ("add", "concat", "max")
+    },
+    "factors_untrained": Method("factors over random heads", partial(_factors, trained=False), like="default"),
+    "factors_no_instance": Method("factors of Z alone", partial(_factors, corrections={}), like="default"),
+    "factors_constant": Method("factors without an instance part", partial(_factors, corrections={}, composition="none"), like="default"),
+    **{f"factors_k{rank}": Method(f"factors, k = {rank}", partial(_factors, z_rank=rank), like="default") for rank in (1, 2, 4, 8)},
+    "factors_before": Method(
+        "factors that start at A = 0, gains 0.3 and 1, k = 8",
+        partial(_factors, z_start="product", z_gain=0.3, correction_gain=1.0, z_rank=8),
+        like="default",
+    ),
+    **{
+        f"factors_s{rank}": Method(
+            f"factors, s = {rank} for all", partial(_factors, corrections=dict.fromkeys(shared.MATRICES, rank)), like="default"
+        )
+        for rank in (1, 2, 4)
+    },
+    "factors_outer": Method("factors of the outer matrices alone", partial(_factors, corrections={"W2u": 4, "W2v": 8}), like="default"),
+    "factors_inner": Method("factors of the inner matrices alone", partial(_factors, corrections={"W1u": 2, "W1v": 2}), like="default"),
+}
+MAIN = ("none", "prompt_tuning", "default", "heads", "lora_r8", "full")
+"""The methods that matter: all users, tasks and seeds."""
+COMPARED = MAIN[:-1]
+"""Those that are compared on exactly the same cells; full fine-tuning, the costliest, on as many of them as it was measured on."""
+SWEEP = tuple(name for name in METHODS if name not in MAIN)
+
+
+def rate_of(method: str) -> str:
+    """The method whose learning rate this one takes."""
+    return METHODS[method].like or method

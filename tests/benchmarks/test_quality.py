@@ -1,0 +1,196 @@
+"""The laboratory of quality: its methods are what they say they are, its items do not leak, its figures follow from its cells."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from lopa.bundle import Bundle
+from lopa.demo.users import TaskSizes
+from lopa.encoder import PromptEncoder
+from lopa_exporters.frozen import FrozenModel, TokenPair
+from lopa_server.models import nano_bundle_folder, nano_folder
+from peft import PrefixTuningConfig, TaskType, get_peft_model
+
+from benchmarks.quality import report
+from benchmarks.quality.cell import Cell, tune
+from benchmarks.quality.figures import Results, by_user, estimate, ratio
+from benchmarks.quality.functions import build_function_task, functions
+from benchmarks.quality.grid import load_rates, stages
+from benchmarks.quality.learners.device import DeviceLearner
+from benchmarks.quality.learners.learner import PlainLearner
+from benchmarks.quality.learners.prefix import PrefixLearner
+from benchmarks.quality.learners.prompts import from_lopa
+from benchmarks.quality.learners.shared import rebuilt
+from benchmarks.quality.learners.weights import full, lora
+from benchmarks.quality.material import Material, prepare
+from benchmarks.quality.methods import Bench
+from benchmarks.quality.store import Store
+from benchmarks.quality.tasks import ROOT, USERS, build, held_out_modules
+
+FUNCTION = '''def work_{i}_{n}(value):
+    """Do thing {n} of part {i}."""
+    total = value + {n} * {i}
+    print("calling {i} {n}", total)
+    return work_{i}_{n}(total) if total else None
+
+'''
+MODULES = {f"part{i}": "".join(FUNCTION.format(i=i, n=n) for n in range(12)) for i in range(6)}
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return Bench(FrozenModel.load(nano_folder()), PromptEncoder(Bundle.open(nano_bundle_folder())))
+
+
+@pytest.fixture(scope="module")
+def material(bench: Bench) -> Material:
+    return prepare(build("email", "filing", held_out_modules("email"), 0), bench.fm, bench.encoder, size=20, seed=0)
+
+
+def test_device_steps_as_torch_does(bench: Bench, material: Material) -> None:
+    """The bundle's graphs against autograd and torch's AdamW over the same shared part, read back from the bundle."""
+    lopa = rebuilt(bench.encoder.bundle, bench.fm, 0, trained=True)
+    device = DeviceLearner(bench.fm, bench.encoder, material)
+    start = {name: torch.from_numpy(value.copy()) for name, value in device.factors.tensors.items()}
+    ordinary = from_lopa(bench.fm, material, replace(lopa, start=start))
+    cell = Cell("default", "filing", "email", steps=4, rate=0.03)
+    ours, theirs = tune(device, material, cell), tune(ordinary, material, cell)
+    assert [nll for _, nll in ours.curve] == pytest.approx([nll for _, nll in theirs.curve], rel=1e-4)
+    assert ours.best_nll != pytest.approx(device_start_nll(bench, material), rel=1e-3)
+    assert device.footprint.numbers == ordinary.footprint.numbers
+    assert device.footprint.wire == ordinary.footprint.wire
+
+
+def device_start_nll(bench: Bench, material: Material) -> float:
+    losses = DeviceLearner(bench.fm, bench.encoder, material).losses(material.validation, material.of(material.validation))
+    return (losses.nll.sum() / losses.tokens.sum()).item()
+
+
+def test_prefix_tuning_is_pefts(bench: Bench) -> None:
+    """At the front, where PEFT can put it too: the same logits, hence the same likelihood."""
+    learner = PrefixLearner(bench.fm, 0, rows=4)
+    pair = TokenPair([5, 70, 300, 41], [900, 17, 0])
+    ours = learner.losses([0], [pair]).nll.item()
+    base = FrozenModel.load(nano_folder())
+    config = PrefixTuningConfig(
+        task_type=TaskType.CAUSAL_LM,
+        num_virtual_tokens=4,
+        token_dim=base.hidden,
+        num_layers=base.model.config.num_hidden_layers,
+        num_attention_heads=base.model.config.num_attention_heads,
+        num_transformer_submodules=1,
+    )
+    peft = get_peft_model(base.model, config)
+    peft.prompt_encoder["default"].load_state_dict(learner.encoder.state_dict())
+    ids = torch.tensor([[*pair.prompt, *pair.target]])
+    with torch.no_grad():
+        logits = peft(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, len(pair.prompt) - 1 : -1]
+    theirs = torch.nn.functional.cross_entropy(logits, torch.tensor(pair.target), reduction="sum").item()
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_learnt_prefix_stands_before_the_last_token_read(bench: Bench, material: Material) -> None:
+    """With nothing learnt in its keys' direction and zero values it still takes attention; with the prefix alone it is the plain model."""
+    learner, rows = PrefixLearner(bench.fm, 0, rows=2), material.test[:4]
+    with torch.no_grad():
+        learner.encoder.embedding.weight.zero_()
+        near = learner.losses(rows, material.of(rows)).nll
+    plain = PlainLearner(bench.fm).losses(rows, material.of(rows)).nll
+    assert not torch.allclose(near, plain, rtol=1e-3)
+    assert torch.allclose(near, plain, rtol=0.5)
+
+
+def test_reading_ahead_changes_nothing(bench: Bench, material: Material) -> None:
+    rows = material.test[:6]
+    ahead = PlainLearner(bench.fm).losses(rows, material.of(rows))
+    at_once = bench.fm.losses(None, material.of(rows))
+    assert torch.allclose(ahead.nll, at_once.nll, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_weights_start_as_the_model_and_leave_it_alone(bench: Bench, material: Material, kind: str) -> None:
+    rows = material.training[:4]
+    before = bench.fm.losses(None, material.of(rows)).nll
+    learner = lora(bench.fm, 0, 8) if kind == "lora" else full(bench.fm)
+    with torch.no_grad():
+        assert torch.allclose(learner.losses(rows, material.of(rows)).nll, before, rtol=1e-4)
+    for number in range(1, 3):
+        learner.step(rows, material.of(rows), 1e-3, number)
+    with torch.no_grad():
+        assert (learner.losses(rows, material.of(rows)).nll < before - 0.01).all()
+    assert torch.equal(bench.fm.losses(None, material.of(rows)).nll, before)
+    assert learner.footprint.device == 0
+    assert learner.footprint.server == 2 * learner.footprint.numbers
+
+
+@pytest.mark.parametrize("task", ["naming", "docstring"])
+def test_function_items_hide_their_answer(task: str) -> None:
+    data = build_function_task("somebody", task, MODULES, TaskSizes(), seed=0)
+    assert len(data.tuning) + len(data.test) <= 72
+    for item in (*data.tuning, *data.test):
+        assert item.target
+        assert item.target not in item.text
+        assert '"""' not in item.text.removesuffix('"""')
+    if task == "naming":
+        files = [{item.target.split("_")[1] for item in items} for items in (data.tuning, data.test)]
+        assert not files[0] & files[1]
+
+
+def test_functions_without_a_body_of_their_own_are_left_out() -> None:
+    found = list(functions('def a():\n    """Only words."""\n\n\ndef b(x):\n    """First.\n\n    Second."""\n    return x\n'))
+    assert [(one.name, one.line, one.source) for one in found] == [("b", "First.", "def b(x):\n    return x")]
+    assert not list(functions("print 'of another age'\n"))
+
+
+def test_store_forgets_half_a_line_only(tmp_path: Path) -> None:
+    path, cell = tmp_path / "cells.jsonl", Cell("none", "filing", "email")
+    Store(path).add(
+        {"method": "none", "task": "filing", "user": "email", "seed": 0, "size": None, "steps": 0, "rate": 0.0, "test_nll": 2.0}
+    )
+    with path.open("a") as file:
+        file.write('{"method": "full", "ta')
+    store = Store(path)
+    assert cell in store
+    store.add({**store.rows[cell.key()], "user": "xml"})
+    assert sorted(row["user"] for row in Store(path).rows.values()) == ["email", "xml"]
+
+
+def test_guard_and_intervals() -> None:
+    def rows(method: str, validation: float, test: float) -> dict[Cell, dict[str, float]]:
+        return {
+            Cell(method, "filing", user): {"validation_nll": validation, "test_nll": test * (1 + 0.01 * i)} for i, user in enumerate("abc")
+        }
+
+    results = Results({**rows("none", 2.0, 4.0), **rows("default", 1.9, 3.0), **rows("full", 2.1, 1.0)})
+    assert by_user(results.select("default"), results.gain) == pytest.approx(dict.fromkeys("abc", 0.25))
+    assert by_user(results.select("full"), results.gain) == dict.fromkeys("abc", 0.0)
+    assert by_user(results.select("full"), lambda cell: results.gain(cell, guarded=False)) == pytest.approx(dict.fromkeys("abc", 0.75))
+    spread = estimate({"a": 0.0, "b": 0.5, "c": 1.0})
+    assert spread.low < spread.value == 0.5 < spread.high
+    assert ratio({"a": 1.0, "b": 3.0}, {"b": 1.5, "a": 0.5}).low == pytest.approx(2.0)
+
+
+def test_document_follows_from_the_committed_cells(tmp_path: Path) -> None:
+    rates = load_rates()
+    grid = [cell for cells in stages(rates).values() for cell in cells]
+    results = Results.of(Store(ROOT / "benchmarks" / "results" / "quality.jsonl"), grid)
+    pictures = [ROOT / "docs" / f"quality-{name}.png" for name in ("bytes", "examples", "users")]
+    report.write(results, rates, tmp_path / "quality.md", [path for path in pictures if path.exists()])
+    assert (tmp_path / "quality.md").read_text() == (ROOT / "docs" / "quality.md").read_text()
+    assert {cell.user for cell in results.rows} == set(USERS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_smoke_order(tmp_path: Path) -> None:
+    """None, prompt tuning, the default: in this order of falling NLL on filing, from the command as it is published."""
+    command = [sys.executable, "benchmarks/quality", "--smoke", "--cells", str(tmp_path / "cells.jsonl"), "--work", str(tmp_path)]
+    result = subprocess.run([*command, "--json", str(tmp_path / "out.json")], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(json.loads((tmp_path / "out.json").read_text())["rows"]) == 6
