@@ -1,6 +1,7 @@
 """Trust: what strangers, fuzzers, floods, kills and curious tenants can do to a running server.
 
     python benchmarks/trust.py --json benchmarks/results/trust.json          # hours
+    python benchmarks/trust.py --share 0.1 --only kills fuzz --json benchmarks/results/trust.json
     python benchmarks/trust.py --quick --json benchmarks/results/trust.json  # minutes: the same, with fewer of everything
 
 Servers are `lopa serve` processes of lopa-nano with API keys; clients share the machine with them.
@@ -9,6 +10,7 @@ Servers are `lopa serve` processes of lopa-nano with API keys; clients share the
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -42,6 +44,11 @@ class Size:
     kills: int = 200
     soak_seconds: float = 1200.0
     timing_trials: int = 1000
+
+    def scaled(self, share: float) -> Size:
+        """This part of everything but the number of tunes at the same time."""
+        values = {name: type(value)(value * share) for name, value in dataclasses.asdict(self).items()}
+        return Size(**{**values, "tunes": self.tunes})
 
 
 QUICK = Size(fuzz=1_500, overload_seconds=10.0, light_streams=25, tunes=4, tune_steps=12, kills=4, soak_seconds=40.0, timing_trials=150)
@@ -159,11 +166,12 @@ PARTS: dict[str, Callable[[Path, Size], Figures]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer of everything")
+    parser.add_argument("--share", type=float, default=1.0, help="this part of every count and time, where the full ones take too long")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="some parts")
     parser.add_argument("--json", type=Path, help="write the figures here; other parts' figures that are there stay")
     parser.add_argument("--work", type=Path, help="keep logs and the fuzzer's corpus in this folder")
     options = parser.parse_args()
-    size = QUICK if options.quick else Size()
+    size = (QUICK if options.quick else Size()).scaled(options.share)
     rows = _others(options.json, options.only)
     with tempfile.TemporaryDirectory(prefix="lopa-trust-") as temporary:
         for name in options.only:

@@ -25,7 +25,8 @@ class Authenticator:
         self._key_file = KeyFile(config.keys) if config.keys is not None else None
         self._key_set = KeySet(config.jwks) if config.jwks is not None else None
         self._tokens = TokenVerifier(config, self._key_set) if self._key_set is not None else None
-        self._certificates = config.client_certificates_identify
+        self.by_certificate = config.client_certificates_identify
+        """It looks at what TLS found out about the peer."""
 
     async def start(self) -> None:
         """Read what credentials are checked against. Raises KeyFileError, JwksError."""
@@ -72,7 +73,7 @@ class Authenticator:
 
     def _by_certificate(self, connection: Mapping[str, Iterable[bytes]]) -> Caller:
         """TLS has checked the certificate against the authority already."""
-        if not self._certificates:
+        if not self.by_certificate:
             raise WireError(Reason.NO_CREDENTIALS)
         names = [name.decode("utf-8", "replace") for name in connection.get("x509_common_name", ())]
         if len(names) != 1 or not TENANT.fullmatch(names[0]):

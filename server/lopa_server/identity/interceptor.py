@@ -26,7 +26,8 @@ def identifying(authenticator: Authenticator) -> Keeper:
 
     async def identify(method: str, context: Any) -> None:
         metadata = tuple(context.invocation_metadata() or ())
-        set_caller(await authenticator.admit(method, metadata, context.auth_context()))
+        connection = context.auth_context() if authenticator.by_certificate else {}
+        set_caller(await authenticator.admit(method, metadata, connection))
 
     return identify
 
