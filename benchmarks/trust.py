@@ -51,7 +51,7 @@ class Size:
         return Size(**{**values, "tunes": self.tunes})
 
 
-QUICK = Size(fuzz=1_500, overload_seconds=10.0, light_streams=25, tunes=4, tune_steps=12, kills=4, soak_seconds=40.0, timing_trials=150)
+QUICK = Size(fuzz=1_500, overload_seconds=10.0, light_streams=60, tunes=4, tune_steps=12, kills=4, soak_seconds=40.0, timing_trials=150)
 
 
 def strangers(folder: Path, size: Size) -> Figures:

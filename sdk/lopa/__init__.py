@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from lopa.examples import Example
     from lopa.factors import Factors
     from lopa.folder import personas
+    from lopa.noise import ClipAndNoise
     from lopa.persona import Persona, open_personal
     from lopa.record import Version
     from lopa.retry import RetryPolicy
@@ -92,6 +93,7 @@ _HOMES = {
     "lopa.folder": "personas",
     "lopa.persona": "Persona open_personal",
     "lopa.record": "Version",
+    "lopa.noise": "ClipAndNoise",
     "lopa.retry": "RetryPolicy",
     "lopa.stream": "AsyncGenerationStream GenerationStream",
     "lopa.transport": "Tls",
@@ -111,6 +113,7 @@ __all__ = [
     "Cancelled",
     "Client",
     "ClientConfig",
+    "ClipAndNoise",
     "DeadlineExceeded",
     "Delta",
     "Example",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lopa.noise import ClipAndNoise
 from lopa.retry import RetryPolicy
 
 
@@ -31,5 +32,7 @@ class ClientConfig:
     """Bundles that were not used for so many days are removed when another one is fetched; 0 keeps all."""
     trusted_keys: tuple[str, ...] = ()
     """Ed25519 public keys in hex; when there are any, a bundle from a server must be signed by one of them."""
+    soft_prompt_noise: ClipAndNoise | None = None
+    """Applied to every soft prompt before it leaves the device, in generation, scoring and tuning alike."""
     threads: int = 1
     """Threads of the prompt encoder."""

@@ -10,9 +10,10 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 from google.protobuf.message import Message as ProtoMessage
 
 from lopa.config import ClientConfig
@@ -80,6 +81,7 @@ class Session:
         self.meter = meter or Meter()
         self._stop = stop
         self._rng = random.Random()
+        self._noise = np.random.default_rng()
 
     def metered(self, stop: Signal | None = None) -> Session:
         """The same server with a byte count of its own, which starts at zero."""
@@ -116,7 +118,7 @@ class Session:
     ) -> Flow[GenerationFlow]:
         """Begin a generation; its first message has arrived. Retried until then, never after."""
         model = yield from self.model()
-        soft = None if soft_prompt is None else requests.soft_prompt(soft_prompt, wire.dtype, wire.placement)
+        soft = None if soft_prompt is None else requests.soft_prompt(self._sendable(soft_prompt), wire.dtype, wire.placement)
         request = requests.generate_request(prompt, sampling, prefix=prefix, soft=soft, fingerprint=model.fingerprint)
         stream = yield from self.open(GENERATE, request, _or(wire.timeout, self.config.generate_timeout))
         return GenerationFlow(self, stream, replies.GenerationReader(request))
@@ -197,11 +199,17 @@ class Session:
                     raise
             yield from wait(delay, self._stop)
 
+    def _sendable(self, soft_prompt: Float32) -> Float32:
+        """What may leave the device."""
+        noise = self.config.soft_prompt_noise
+        return soft_prompt if noise is None else noise(soft_prompt, self._noise)
+
     def _batches(
         self, pairs: Sequence[Pair], wire: WireOptions, model: Model, *, reply_dtype: common_pb2.DType.ValueType | None = None
     ) -> Iterator[list[common_pb2.Pair]]:
         limits = model.limits
-        messages = [requests.pair_message(pair, wire.dtype, wire.placement, f"pairs[{i}]") for i, pair in enumerate(pairs)]
+        noised = [pair if pair.soft_prompt is None else replace(pair, soft_prompt=self._sendable(pair.soft_prompt)) for pair in pairs]
+        messages = [requests.pair_message(pair, wire.dtype, wire.placement, f"pairs[{i}]") for i, pair in enumerate(noised)]
         return requests.split_pairs(
             messages,
             max_pairs=min(wire.max_pairs or limits.max_pairs, limits.max_pairs),

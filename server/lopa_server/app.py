@@ -211,7 +211,7 @@ class ServerApp:
         self._handlers.catalog = CatalogHandler(
             engine.spec, self._config.limits, checker.max_row_norm, tokenizer.has_chat, version, tuple(published)
         )
-        self._handlers.requests = RequestHandlers(engine, checker, model_revision(engine.spec, version))
+        self._handlers.requests = RequestHandlers(engine, checker, model_revision(engine.spec, version), noise=self._config.gradient_noise)
 
     async def _tell_ready(self) -> None:
         path = self._config.ready_file

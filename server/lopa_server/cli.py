@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 from lopa.cli.output import fail
+from lopa.noise import ClipAndNoise
 
 from lopa_server.config import ConfigError, ServerConfig
 from lopa_server.engine.base import UnsupportedModel
@@ -72,6 +73,8 @@ def serve(
     ] = None,
     max_call_seconds: Annotated[float, typer.Option(help="Age of a stream at most.")] = DEFAULTS.traffic.stream_seconds,
     max_connections: Annotated[int, typer.Option(help="Connections at the same time.")] = DEFAULTS.traffic.connections,
+    gradient_clip: Annotated[float | None, typer.Option(help="L2 norm of a returned gradient at most. With --gradient-noise.")] = None,
+    gradient_noise: Annotated[float, typer.Option(help="Noise on every returned value, as a multiple of that norm.")] = 0.0,
     health_port: Annotated[int | None, typer.Option(help="One more port that answers only health checks, in plain text.")] = None,
     metrics_port: Annotated[int | None, typer.Option(help="Show Prometheus metrics at http://METRICS_HOST:PORT/metrics.")] = None,
     metrics_host: Annotated[str, typer.Option(help="Address of the metrics page.")] = DEFAULTS.metrics_host,
@@ -109,6 +112,7 @@ def serve(
         tenant_limits=limits,
         usage=usage,
         traffic=TrafficLimits(stream_seconds=max_call_seconds, connections=max_connections),
+        gradient_noise=_gradient_noise(gradient_clip, gradient_noise),
         health_port=health_port,
         metrics_port=metrics_port,
         metrics_host=metrics_host,
@@ -137,6 +141,15 @@ def serve(
         fail(problems[-1])
     except (UnsupportedModel, OSError) as error:
         fail(str(error))
+
+
+def _gradient_noise(clip: float | None, noise: float) -> ClipAndNoise | None:
+    if clip is None and noise:
+        fail("--gradient-noise is a multiple of --gradient-clip: give both")
+    try:
+        return None if clip is None else ClipAndNoise(clip, noise)
+    except ValueError as error:
+        fail(f"--gradient-clip and --gradient-noise: {error}")
 
 
 async def _serve(config: ServerConfig) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lopa.noise import ClipAndNoise
+
 from lopa_server.identity.config import AccessConfig
 from lopa_server.limits import ServiceLimits, TrafficLimits
 from lopa_server.metering.limits import LimitsFileError, read_limits
@@ -83,6 +85,8 @@ class ServerConfig:
     """SQLite file, or URL of a PostgreSQL database, for usage counters. None: they end with the process."""
     access: AccessConfig = field(default_factory=AccessConfig)
     """Who may call, and encryption."""
+    gradient_noise: ClipAndNoise | None = None
+    """Applied to every pair's gradient before it is returned."""
     health_port: int | None = None
     """One more port, plain text, that answers liveness probes and nothing else; 0: any free one. For probes that speak no TLS."""
     step_seconds: float = 300.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lopa_server.engine.admission import FURTHEST, JITTER, LEAST_MEASURED, OVERBOOKED, SLACK, Admission, AdmissionLimits, Arrival
+from lopa_server.engine.admission import FURTHEST, JITTER, LEAST_MEASURED, OVERBOOKED, SLACK, STALE, Admission, AdmissionLimits, Arrival
 from lopa_server.engine.base import DeadlineTooShort, QueueFull
 
 
@@ -191,7 +191,31 @@ def test_texts_that_end_early_make_waiting_shorter() -> None:
 def test_idle_time_does_not_count_as_slowness() -> None:
     admission = _running(places=1, rate=10.0, tokens=10_000)
     admission.leave("run0", 20.0, finished=True)
-    admission.enter("later", _arrival(), 5000.0)
-    admission.enter("waits", _arrival(text=100), 5000.0)
+    admission.enter("later", _arrival(), 20.0 + 0.9 * STALE)
+    admission.enter("waits", _arrival(text=100), 20.0 + 0.9 * STALE)
     wait = admission.expected_wait(_arrival(text=1))
     assert wait is not None and wait < 30
+
+
+@pytest.mark.parametrize("suspended", [True, False])
+def test_an_engine_that_was_slow_gets_another_chance(suspended: bool) -> None:
+    """Its machine was suspended, or crowded, and whatever has a deadline is refused: that must not go on when nothing else is done."""
+    admission, now = _running(places=1, rate=10.0, tokens=10_000), 20.0
+    if suspended:
+        now += 10 * STALE
+    else:
+        for _ in range(50):
+            now += 5.0
+            admission.progress("run0", 0, now)
+        with pytest.raises(DeadlineTooShort):
+            admission.enter("refused", _arrival(text=10, deadline=now + 30), now)
+    admission.leave("run0", now, finished=True)
+    refused = 0
+    for second in range(round(2 * STALE)):
+        try:
+            admission.enter("again", _arrival(text=10, deadline=now + second + 30), now + second)
+        except DeadlineTooShort:
+            refused += 1
+        else:
+            break
+    assert refused <= (0 if suspended else STALE + 1)

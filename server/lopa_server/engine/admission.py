@@ -17,6 +17,9 @@ HALF_LIFE = 10.0
 """Busy seconds after which a measurement counts half."""
 LEAST_MEASURED = 5.0
 """Busy seconds that must have been seen before anything is estimated."""
+STALE = 60.0
+"""Seconds without anything to do, or without any news at all (a machine that was suspended), after which nothing counts as measured. A
+pessimistic estimate would refuse everything, and so never be corrected."""
 READING = 0.05
 """Work of reading a token, where writing one is 1. Taken low, so that estimates err towards admitting."""
 SLACK = 2.0
@@ -88,15 +91,20 @@ class Pace:
         self.seconds = 0.0
         """Of all busy places together."""
         self._time: float | None = None
+        self._idle = 0.0
+        """Seconds since a place was busy."""
 
     def pass_time(self, now: float, busy: int) -> None:
         """Until now, so many places were busy."""
-        if self._time is not None and busy:
-            elapsed = max(0.0, now - self._time)
+        elapsed = 0.0 if self._time is None else max(0.0, now - self._time)
+        self._time = now
+        self._idle = 0.0 if busy else self._idle + elapsed
+        if max(elapsed, self._idle) > STALE:
+            self.work = self.seconds = self._idle = 0.0
+        elif busy:
             decay = 0.5 ** (elapsed / HALF_LIFE)
             self.work *= decay
             self.seconds = self.seconds * decay + busy * elapsed
-        self._time = now
 
     @property
     def rate(self) -> float | None:

@@ -11,8 +11,11 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+import numpy as np
+from lopa.noise import ClipAndNoise
 from lopa.v1 import common_pb2 as pb
 from lopa.v1 import inference_pb2, tuning_pb2
+from lopa.values import Float32
 from lopa.wire.tensors import encode_rows
 
 from lopa_server.engine.base import Delta, Engine, Finish, GenerateRequest, PairRequest, PairResult, TokenLogprobs
@@ -35,12 +38,25 @@ FINISH = {
 class RequestHandlers:
     """Generate, Score and PromptGradients over any engine."""
 
-    def __init__(self, engine: Engine, checker: RequestChecker, revision: str, salt_secret: bytes | None = None) -> None:
-        """revision: ModelInfo.revision, for the receipts. salt_secret: what cache salts are made with; None draws one."""
+    def __init__(
+        self,
+        engine: Engine,
+        checker: RequestChecker,
+        revision: str,
+        salt_secret: bytes | None = None,
+        noise: ClipAndNoise | None = None,
+    ) -> None:
+        """
+        Args:
+            revision: ModelInfo.revision, for the receipts.
+            salt_secret: what cache salts are made with; None draws one.
+            noise: put on every gradient that leaves.
+        """
         self._engine = engine
         self._checker = checker
         self._revision = revision
         self._salt_secret = salt_secret or secrets.token_bytes(32)
+        self._noise, self._rng = noise, np.random.default_rng()
         self._numbers = itertools.count(1)
         self._checking = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lopa-validation")
 
@@ -121,11 +137,17 @@ class RequestHandlers:
             tuning_pb2.PairGradient(
                 nll_sum=result.nll_sum,
                 target_tokens=result.target_tokens,
-                gradient=_gradient_message(result, dtype),
+                gradient=_gradient_message(self._returned(result), dtype),
                 receipt=self._receipt(pair.applied),
             )
             for result, pair in zip(results, pairs, strict=True)
         ]
+
+    def _returned(self, result: PairResult) -> Float32:
+        """The gradient that its device gets."""
+        if result.gradient is None:
+            raise TypeError("the engine gave no gradient for a pair that asked for one")
+        return result.gradient if self._noise is None else self._noise(result.gradient, self._rng)
 
     def _complete(self, response: inference_pb2.GenerateResponse, checked: CheckedGenerate, generated: int) -> None:
         """What only the last message carries."""
@@ -158,9 +180,7 @@ def _logprobs_message(entry: TokenLogprobs) -> inference_pb2.TokenLogprobs:
     return inference_pb2.TokenLogprobs(chosen=chosen, alternatives=others)
 
 
-def _gradient_message(result: PairResult, dtype: pb.DType.ValueType) -> pb.SoftPromptGradient:
-    if result.gradient is None:
-        raise TypeError("the engine gave no gradient for a pair that asked for one")
-    data, scales = encode_rows(result.gradient, dtype)
-    rows, hidden = result.gradient.shape
+def _gradient_message(gradient: Float32, dtype: pb.DType.ValueType) -> pb.SoftPromptGradient:
+    data, scales = encode_rows(gradient, dtype)
+    rows, hidden = gradient.shape
     return pb.SoftPromptGradient(rows=rows, hidden=hidden, dtype=dtype, data=data, scales=scales)
