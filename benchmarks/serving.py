@@ -35,6 +35,8 @@ from servebench.server import Server, running_server
 
 PEERS = ("gemm_floor", "hf_generate", "peft_lora", "vllm_embeds", "vllm_lora")
 REQUESTS = 32
+USERS_ROUNDS = 5
+"""At least, by number of users: what is wanted there is as small as the difference between two rounds."""
 FIGURES = (
     "ours_tokens_per_second",
     "ours_over_vllm_embeds",
@@ -133,11 +135,11 @@ def side_by_side(server: Server, peers: Mapping[str, PeerProcess], rounds: int, 
 
 
 def _users(server: Server, plan: Plan, report: Report) -> None:
-    report.users = generation.by_users(server, plan.rounds, (1, 10_000) if plan.quick else (1, 10, 100, 1_000, 10_000), 64)
-    speed = {entry["name"]: entry["tokens_per_second"] for entry in report.users}
+    counts = (1, 10_000) if plan.quick else (1, 10, 100, 1_000, 10_000)
+    report.users = generation.by_users(server, max(plan.rounds, USERS_ROUNDS), counts, 32 if plan.quick else 64)
     report.rows += report.users
-    report.set("users_10000_over_1", speed["10000 users"] / speed["1 users"])
-    report.set("personal_over_plain", speed["10000 users"] / speed["plain model"])
+    report.set("users_10000_over_1", generation.ratio(report.users, "10000 users", "1 users"))
+    report.set("personal_over_plain", generation.ratio(report.users, "10000 users", "plain model"))
 
 
 def _loads(server: Server, plan: Plan, report: Report) -> None:

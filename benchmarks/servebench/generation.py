@@ -62,6 +62,12 @@ def open_loops(server: Server, capacity: float, seconds: float) -> list[dict[str
     ]
 
 
+def ratio(rows: Iterable[Mapping[str, Any]], over: str, under: str) -> float:
+    """Median over rounds of one row's throughput over another's in the same round: what drifts slowly cancels."""
+    rounds = {row["name"]: row["rounds"] for row in rows}
+    return median(one / other for one, other in zip(rounds[over], rounds[under], strict=True))
+
+
 def by_users(server: Server, rounds: int, counts: Iterable[int], requests: int) -> list[dict[str, Any]]:
     """Throughput when requests come from so many users, and from the plain model (0 users), in turn. Every prompt is new."""
     counts = (0, *counts)

@@ -279,14 +279,14 @@ def test_every_pair_is_computed_once_within_the_budget(lengths: list[int], budge
     assert sorted(seen) == sorted((name, index) for name, part in jobs.items() for index in range(len(part)))
 
 
-@pytest.mark.parametrize(("token_seconds", "pairs"), [(0.01, 1), (0.1, 1), (0.5, 5)])
-def test_beside_streams_a_micro_batch_takes_about_as_long_as_their_step(token_seconds: float, pairs: int) -> None:
-    """At the measured pace of 0.1 s a pair; alone, pairs fill the whole micro-batch."""
+@pytest.mark.parametrize(("token_seconds", "pairs"), [(0.01, 1), (0.1, 1), (1.0, 5)])
+def test_beside_streams_no_part_of_a_micro_batch_takes_longer_than_half_a_step_of_theirs(token_seconds: float, pairs: int) -> None:
+    """At the measured pace of 0.1 s a pair in the longest part; alone, pairs fill the whole micro-batch."""
     scheduler = Scheduler(SchedulerLimits(pair_positions=640))
     scheduler.add_pairs("flood", GRADIENTS, _costs(*[64] * 40))
     alone = _pair_step(scheduler)
     assert len(alone.rows) == 10
-    scheduler.record(alone, 1.0)
+    scheduler.record(alone, 2.0, 1.0)
     scheduler.add(_sequence("stream", 5))
     while not isinstance(step := scheduler.next_step(), PairStep):
         _compute(scheduler, step)
@@ -295,6 +295,45 @@ def test_beside_streams_a_micro_batch_takes_about_as_long_as_their_step(token_se
     assert len(step.rows) == pairs
     scheduler.remove("stream")
     assert len(_pair_step(scheduler).rows) == 10
+
+
+def test_a_micro_batch_pauses_after_a_step_s_time_for_one_step_at_least() -> None:
+    scheduler = Scheduler(SchedulerLimits(pair_positions=640, interactive_share=0.5))
+    scheduler.add_pairs("flood", GRADIENTS, _costs(*[64] * 40))
+    _pair_step(scheduler)
+    assert not scheduler.pauses_pairs(100.0), "nobody else wants the time"
+    scheduler.add(_sequence("stream", 5))
+    assert scheduler.pauses_pairs(0.0), "how long a step takes is not known yet"
+    scheduler.pause_pairs(0.0)
+    step = scheduler.next_in_pause()
+    assert step is not None
+    _compute(scheduler, step)
+    scheduler.record(step, 0.1)
+    assert scheduler.next_in_pause() is None
+    assert not scheduler.pauses_pairs(0.09)
+    assert scheduler.pauses_pairs(0.1)
+    scheduler.pause_pairs(0.3)
+    steps = 0
+    while (step := scheduler.next_in_pause()) is not None:
+        _compute(scheduler, step)
+        scheduler.record(step, 0.1)
+        steps += 1
+    assert steps == 3
+    scheduler.remove("stream")
+    scheduler.pause_pairs(1.0)
+    assert scheduler.next_in_pause() is None
+
+
+def test_streams_wait_for_blocks_that_a_paused_micro_batch_holds() -> None:
+    scheduler, shared = Scheduler(SchedulerLimits(kv_positions=6 * SIZE)), tuple(range(4 * SIZE))
+    scheduler.add_pairs("call", GRADIENTS, [_prefixed(shared, 6)])
+    step = _pair_step(scheduler)
+    scheduler.add(_sequence("stream", 4 * SIZE))
+    scheduler.pause_pairs(1.0)
+    assert scheduler.next_in_pause() is None
+    scheduler.end_pairs(step)
+    scheduler.record(step, 0.0)
+    assert isinstance(scheduler.next_step(), TokenStep)
 
 
 def test_a_pair_prefix_is_computed_once_and_its_last_block_may_be_half_full() -> None:

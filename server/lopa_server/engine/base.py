@@ -242,6 +242,8 @@ class EngineStats:
     prefill_tokens: int = 0
     pairs_done: int = 0
     pair_batches: int = 0
+    pair_pauses: int = 0
+    """Pauses within these, for steps of streams."""
     aborted: int = 0
     failed: int = 0
     out_of_memory: int = 0

@@ -10,8 +10,9 @@ Blocks are handed out as sequences grow. When the pool is empty, the request tha
 is computed again later: admitted work never fails for want of room.
 
 Interactive work goes first but no work starves: when both kinds are waiting, interactive work gets `interactive_share` of
-the time, measured. A single row never waits longer than one micro-batch, and while streams run a micro-batch is kept so
-small that at the measured pace it takes no longer than a step of theirs, or holds one pair.
+the time, measured. A micro-batch pauses for them: after about a step's time of its own they have steps of theirs, in the
+middle of it. While streams run it is kept so small that at the measured pace none of the parts between which it can pause
+takes longer than half a step of theirs, or it holds one pair.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from lopa_server.engine.waiting import WaitingQueue, WaitingRequest
 
 SMOOTHING = 0.2
 """Weight of the newest step in a running mean."""
+PART_OF_STEP = 0.5
+"""What a micro-batch can't be interrupted in takes this part of a step of streams at most, unless it is a single pair."""
 SMALLEST_STEP = 64
 """Positions. A device without memory for so few has none for anything."""
 
@@ -50,8 +53,9 @@ class SchedulerLimits:
     """Target tokens in one micro-batch: each costs a row of logits."""
     similar: float = 0.75
     """Pairs share a micro-batch when the shorter has at least this part of the longer's length."""
-    interactive_share: float = 0.5
-    """Interactive work's part of the time while pairs are waiting too; above 0, below 1."""
+    interactive_share: float = 0.6
+    """Interactive work's part of the time while pairs are waiting too; above 0, below 1. What a stream waits longer for its
+    next token where pairs can pause: one step of its own times (1 - share) / share."""
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
     """A tenant's share relative to others'; 1 for those who aren't listed."""
 
@@ -103,8 +107,12 @@ class Scheduler:
         """Seconds that interactive work may still take before pairs have their turn."""
         self._token_seconds = 0.0
         """How long a step of streams takes: a running mean."""
-        self._pair_pace: dict[PairKind, float] = {}
-        """Seconds a position of a pair, likewise; by kind, once measured."""
+        self._part_pace: dict[PairKind, float] = {}
+        """Seconds a position that the longest part of a micro-batch takes, likewise; by kind, once measured."""
+        self._owed = False
+        """Streams have a step to come before pairs go on."""
+        self._holding = False
+        """A micro-batch under way holds blocks of the pool."""
         self.preemptions = 0
         self.hit_tokens = 0
         """Prompt positions that the prefix cache spared."""
@@ -163,8 +171,28 @@ class Scheduler:
         """The next step, or None when there is nothing to do. What it names counts as computed."""
         interactive = bool(self._known)
         if self._pairs and (not interactive or self._interactive_credit <= 0):
-            return self._pairs.next_step(self.blocks, self._positions_beside_streams() if self._running else None)
+            step = self._pairs.next_step(self.blocks, self._positions_beside_streams() if self._running else None)
+            self._holding = any(row.table for row in step.rows)
+            return step
         return self._token_step() if interactive else None
+
+    def pauses_pairs(self, seconds: float) -> bool:
+        """Whether a micro-batch that has had the device for so long since its last pause lets streams go first now."""
+        share = self._limits.interactive_share
+        return bool(self._known) and seconds >= self._token_seconds * (1 - share) / share
+
+    def pause_pairs(self, seconds: float) -> None:
+        """A micro-batch pauses after so long: streams are owed their share of the time, and one step at least."""
+        share = self._limits.interactive_share
+        self._interactive_credit, self._owed = seconds * share / (1 - share), True
+
+    def next_in_pause(self) -> TokenStep | None:
+        """The next step of streams while a micro-batch pauses, or None when it goes on."""
+        if not self._known or (not self._owed and self._interactive_credit <= self._token_seconds / 2):
+            return None
+        self._owed = False
+        step = self._token_step()
+        return step if step.rows else None
 
     def shrink(self, step: Step) -> None:
         """The device had no memory for this step: halve the positions of later ones of its kind, down to SMALLEST_STEP."""
@@ -175,25 +203,29 @@ class Scheduler:
             self._limits = replace(limits, pair_positions=max(min(SMALLEST_STEP, limits.pair_positions), limits.pair_positions // 2))
             self._pairs.shrink(self._limits.pair_positions)
 
-    def record(self, step: Step, seconds: float) -> None:
-        """Tell how long a step took: the basis of sharing time."""
+    def record(self, step: Step, seconds: float, part: float | None = None) -> None:
+        """Tell how long a step took: the basis of sharing time.
+
+        Of pairs, since their last pause, and the longest part in which they could not pause; by default all of it.
+        """
         if isinstance(step, PairStep):
             share = self._limits.interactive_share
             self._interactive_credit = seconds * share / (1 - share)
             if step.positions:
-                pace = seconds / step.positions
-                self._pair_pace[step.kind] = _mean(self._pair_pace.get(step.kind, pace), pace)
+                pace = (seconds if part is None else part) / step.positions
+                self._part_pace[step.kind] = _mean(self._part_pace.get(step.kind, pace), pace)
         else:
             self._interactive_credit -= seconds
             self._token_seconds = _mean(self._token_seconds or seconds, seconds)
 
     def _positions_beside_streams(self) -> int:
-        """Positions of pairs that take about as long as one step of streams; the slower kind's pace counts."""
-        slowest = max(self._pair_pace.values(), default=0.0)
-        return int(self._token_seconds / slowest) if slowest else self._limits.pair_positions
+        """Positions of pairs whose parts take about half as long as one step of streams; the slower kind's pace counts."""
+        slowest = max(self._part_pace.values(), default=0.0)
+        return int(self._token_seconds * PART_OF_STEP / slowest) if slowest else self._limits.pair_positions
 
     def end_pairs(self, step: PairStep, *, reliable: bool = True) -> None:
         """A micro-batch is over: its prefixes' blocks are free again. reliable: as in `remove`."""
+        self._holding = False
         for row in step.rows:
             if not reliable:
                 self.blocks.withdraw(row.table[row.cached // self._limits.block_size :])
@@ -290,7 +322,8 @@ class Scheduler:
         found = self.blocks.find(sequence.content.keys(len(sequence.content) - 1))
         needed = sequence.missing(self.blocks, len(sequence.content)) - len(found) + self.blocks.idle(found)
         promised = sum(row.missing(self.blocks, len(row.content)) + 1 for row in self._running.values())
-        return not self._running or needed + promised <= self.blocks.free
+        alone = not self._running and not self._holding
+        return alone or needed + promised <= self.blocks.free
 
 
 def _mean(mean: float, value: float) -> float:

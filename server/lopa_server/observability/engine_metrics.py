@@ -29,6 +29,7 @@ COUNTERS = {
     "pairs_whole": ("pairs_whole", "Pairs computed whole, prefix and all, since the pool had no room for it."),
     "pairs": ("pairs_done", "Pairs scored or differentiated."),
     "pair_batches": ("pair_batches", "Micro-batches of pairs."),
+    "pair_pauses": ("pair_pauses", "Pauses within these, for steps of streams."),
     "steps": ("steps", "Forward passes for streams."),
     "decode_steps": ("decode_steps", "Those of them in which somebody decoded."),
     "step_rows": ("step_rows", "Requests in all those passes together."),

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -32,9 +33,16 @@ def layers_computed_twice(model: Any) -> Iterator[int]:
     """Within it, the model's layers keep only their inputs. How many there are. For the one thread that uses the model."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers:
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        layer.forward = functools.partial(_twice, layer.forward)
     try:
         yield len(layers)
     finally:
         for layer in layers:
             del layer.forward
+
+
+def _twice(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+    """A layer whose inputs alone are kept; as it is for streams that have their turn in between."""
+    if torch.is_inference_mode_enabled():
+        return forward(*inputs, **named)
+    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **named)

@@ -8,7 +8,7 @@ from lopa_server.engine.scheduler import SchedulerLimits
 
 STEP_POSITIONS = {"cpu": 512, "cuda": 8192}
 """Of streams: a CPU is nearly as fast with so few as with more, and nobody waits long for the next token."""
-PAIR_POSITIONS = {"cpu": 1536, "cuda": 16384}
+PAIR_POSITIONS = {"cpu": 640, "cuda": 16384}
 """A CPU is as fast with a micro-batch of this size as with a larger one; a GPU needs more to be busy."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class FoundationModel:
     """The attention that transformers chose; ours has taken its place."""
     kernels: Kernels | None = None
     """Ours for this processor; None: torch does everything."""
+    passes: list[torch.Tensor] = field(default_factory=list)
+    """Wanted places of the passes under way: several while one pauses for another."""
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings of (…) token ids: (…, d) in the compute dtype, a fresh tensor."""
@@ -49,12 +51,15 @@ class FoundationModel:
         """
 
         def cut(_: Any, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            return (arguments[0].flatten(0, 1)[places][None], *arguments[1:])
+            own = self.passes[-1] is places
+            return (arguments[0].flatten(0, 1)[places][None], *arguments[1:]) if own else arguments
 
         handle = self.model.get_output_embeddings().register_forward_pre_hook(cut)
+        self.passes.append(places)
         try:
             return self.model(**inputs).logits[0].float()
         finally:
+            self.passes.pop()
             handle.remove()
 
     @contextlib.contextmanager

@@ -45,8 +45,17 @@ class PlacedPair:
         return len(self.pair) - 1 - self.prefix
 
 
-def run_pairs(fm: FoundationModel, runner: ModelRunner, kind: PairKind, pairs: Sequence[PlacedPair]) -> list[PairResult]:
-    """Each pair's likelihood, and for GRADIENTS its gradient with respect to the pair's own soft rows, float32."""
+def run_pairs(
+    fm: FoundationModel,
+    runner: ModelRunner,
+    kind: PairKind,
+    pairs: Sequence[PlacedPair],
+    pausing: contextlib.AbstractContextManager[object] | None = None,
+) -> list[PairResult]:
+    """Each pair's likelihood, and for GRADIENTS its gradient with respect to the pair's own soft rows, float32.
+
+    pausing: entered once all prefixes are computed. Not before: others may find them in the pool as soon as their blocks are taken.
+    """
     pieces = [
         Piece(placed.content, placed.table, placed.cached, placed.prefix - placed.cached)
         for placed in pairs
@@ -54,14 +63,15 @@ def run_pairs(fm: FoundationModel, runner: ModelRunner, kind: PairKind, pairs: S
     ]
     if pieces:
         runner.step(pieces, [])
+    pausing = pausing or contextlib.nullcontext()
     if kind is PairKind.SCORE:
-        with torch.inference_mode():
+        with pausing, torch.inference_mode():
             losses = _losses(fm, runner, _embed(fm, pairs), pairs)
         return [PairResult(total, len(placed.pair.target)) for total, placed in zip(_sums(losses, pairs), pairs, strict=True)]
     with torch.no_grad():
         embeds = _embed(fm, pairs)
     embeds.requires_grad_()
-    with _bounded(fm, embeds, max(placed.prefix for placed in pairs)):
+    with pausing, _bounded(fm, embeds, max(placed.prefix for placed in pairs)):
         losses = _losses(fm, runner, embeds, pairs)
         (flowing,) = torch.autograd.grad(losses.sum(), embeds)
     gradient = flowing.float().cpu().numpy()

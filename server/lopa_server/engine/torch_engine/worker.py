@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import logging
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 
@@ -22,6 +23,7 @@ from lopa_server.engine.content import CacheScope
 from lopa_server.engine.pair_queue import PairRow, PairStep
 from lopa_server.engine.scheduler import Scheduler, SchedulerLimits, Step, TokenStep
 from lopa_server.engine.sequences import SequenceState
+from lopa_server.engine.torch_engine.interruption import Interruptions
 from lopa_server.engine.torch_engine.layout import Piece
 from lopa_server.engine.torch_engine.live import Event, LiveJob, LiveStream, Mailbox
 from lopa_server.engine.torch_engine.loader import FoundationModel
@@ -44,6 +46,7 @@ class Stop:
     """Give up everything and end the thread."""
 
 
+S = TypeVar("S", TokenStep, PairStep)
 Command: TypeAlias = LiveStream | LiveJob | Abort | Stop
 
 
@@ -66,6 +69,9 @@ class Worker:
         self._seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
         self._stats = EngineStats()
         self._set_up_threads = threads
+        self._interruptible = fm.device.type == "cpu"
+        """On a GPU a part is over when it is queued, not when it is computed."""
+        self._stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ending = threading.Lock()
         self._ended = False
@@ -136,31 +142,59 @@ class Worker:
         self._flush()
 
     def _work(self) -> None:
-        while self._take_in():
+        while self._take_in(wait=not self._streams and not self._jobs):
             step = self._scheduler.next_step()
-            if step is None:
-                continue
-            started = time.perf_counter()
-            self._compute(step)
-            elapsed = time.perf_counter() - started
-            self._scheduler.record(step, elapsed)
-            self._seconds[type(step).__name__] += elapsed
-            self._publish()
-            self._flush()
+            if isinstance(step, TokenStep):
+                self._stream_step(step)
+            elif step is not None:
+                self._pair_step(step)
 
-    def _take_in(self) -> bool:
-        """Handle all commands that have arrived; wait for one when there is nothing else to do. False: stop."""
+    def _stream_step(self, step: TokenStep) -> None:
+        started = time.perf_counter()
+        self._compute(step, self._tokens)
+        elapsed = time.perf_counter() - started
+        self._scheduler.record(step, elapsed)
+        self._report(step, elapsed)
+
+    def _pair_step(self, step: PairStep) -> None:
+        """A micro-batch, with steps of streams in between where it can pause."""
+        parts = Interruptions(self._let_streams_go)
+        self._compute(step, lambda step: self._pairs(step, parts))
+        parts.end()
+        self._scheduler.record(step, parts.turn_seconds, parts.longest)
+        self._report(step, parts.seconds)
+
+    def _report(self, step: Step, seconds: float) -> None:
+        self._seconds[type(step).__name__] += seconds
         self._publish()
-        idle = not self._streams and not self._jobs
-        while True:
+        self._flush()
+
+    def _let_streams_go(self, turn: float, part: float) -> bool:
+        """Steps of streams in the middle of a micro-batch, if it is their turn before another part like the last one is over."""
+        if not self._inbox.empty():
+            self._stopping = not self._take_in(wait=False)
+        if self._stopping or not self._scheduler.pauses_pairs(turn + part):
+            return False
+        self._scheduler.pause_pairs(turn)
+        self._counts["pair_pauses"] += 1
+        while not self._stopping and (step := self._scheduler.next_in_pause()) is not None:
+            self._stream_step(step)
+            self._stopping = not self._take_in(wait=False)
+        return True
+
+    def _take_in(self, *, wait: bool) -> bool:
+        """Handle all commands that have arrived; wait: for one at least. False: stop."""
+        self._publish()
+        while not self._stopping:
             try:
-                command = self._inbox.get(block=idle)
+                command = self._inbox.get(block=wait)
             except queue.Empty:
                 return True
-            idle = False
+            wait = False
             if isinstance(command, Stop):
                 return False
             self._handle(command)
+        return False
 
     def _handle(self, command: Command) -> None:
         if isinstance(command, LiveStream):
@@ -181,13 +215,10 @@ class Worker:
         self._streams.pop(name, None)
         self._jobs.pop(name, None)
 
-    def _compute(self, step: Step) -> None:
+    def _compute(self, step: S, compute: Callable[[S], None]) -> None:
         """One step. When it fails, the requests it was for are lost, and nobody else's."""
         try:
-            if isinstance(step, TokenStep):
-                self._tokens(step)
-            else:
-                self._pairs(step)
+            compute(step)
         except Exception as error:
             concerned = _concerned(step)
             log.exception("%s failed for %d requests", type(step).__name__, len(concerned))
@@ -251,9 +282,10 @@ class Worker:
             else:
                 self._forget(sequence.id)
 
-    def _pairs(self, step: PairStep) -> None:
+    def _pairs(self, step: PairStep, parts: Interruptions) -> None:
         try:
-            results = run_pairs(self._fm, self._runner, step.kind, [self._placed(row) for row in step.rows])
+            pausing = parts.within(self._fm.model) if self._interruptible else contextlib.nullcontext()
+            results = run_pairs(self._fm, self._runner, step.kind, [self._placed(row) for row in step.rows], pausing)
         except BaseException:
             self._scheduler.end_pairs(step, reliable=False)
             raise
