@@ -15,12 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.quality.cell import Cell
+from benchmarks.quality.grid import SIZES
 from benchmarks.quality.methods import COMPARED, MAIN
 from benchmarks.quality.store import Row, Store
 from benchmarks.quality.tasks import TASKS
 
 RESAMPLES = 10_000
 FEW = 20
+FEW_METHODS = ("prompt_tuning", "default", "lora_r8")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,18 @@ class Results:
         return {method: cells for method, cells in kept.items() if cells}
 
 
+def by_size(results: Results) -> dict[int | None, dict[str, list[Cell]]]:
+    """Filing: size -> method -> cells, of the users that were measured with every size and each of `FEW_METHODS`; empty without any."""
+    cells = {(method, size): results.select(method, ("filing",), size) for method in FEW_METHODS for size in (*SIZES, None)}
+    users = set.intersection(*({cell.user for cell in found} for found in cells.values()))
+    if not users:
+        return {}
+    return {
+        size: {method: [cell for cell in cells[method, size] if cell.user in users and cell.seed == 0] for method in FEW_METHODS}
+        for size in (*SIZES, None)
+    }
+
+
 def by_user(cells: Sequence[Cell], value: Callable[[Cell], float]) -> dict[str, float]:
     """Each user's mean: over seeds within a task, then over tasks."""
     values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -111,9 +125,9 @@ def figures(results: Results) -> dict[str, float]:
     if "filing" in finished:
         for method, cells in results.common(("filing",)).items():
             _put(values, f"{method}_filing_accuracy", estimate(by_user(cells, lambda cell: results.rows[cell]["accuracy"])))
-    few = results.select("default", ("filing",), FEW)
+    few = by_user(results.select("default", ("filing",), FEW), results.gain)
     if few:
-        values[f"users_improved_{FEW}_examples"] = sum(gain > 0 for gain in by_user(few, results.gain).values())
+        values |= {f"users_improved_{FEW}_examples": sum(gain > 0 for gain in few.values()), f"users_{FEW}_examples": len(few)}
     for method in ("default", "lora_r8"):
         row = next((results.rows[cell] for cell in results.select(method)), None)
         if row:

@@ -22,7 +22,7 @@ from benchmarks.quality.methods import Bench
 from benchmarks.quality.store import Row, Store, rounded
 from benchmarks.quality.tasks import HELD_OUT, build, development_modules, held_out_modules
 
-PREFIX_BYTES = 3 << 29
+PREFIX_BYTES = 3 << 28
 SCORED_TOGETHER = 32
 """Pairs in one forward pass."""
 Say = Callable[[str], None]

@@ -11,13 +11,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks.quality.figures import Results, by_user, estimate
-from benchmarks.quality.grid import SIZES
+from benchmarks.quality.figures import FEW_METHODS, Results, by_size, by_user, estimate
 from benchmarks.quality.methods import MAIN, METHODS
 
 COLOURS = {"default": "#1f6f8b", "lora_r8": "#d9a05b", "prompt_tuning": "#9aa5b1", "heads": "#7a9e7e", "full": "#8d5a97"}
 OTHER = "#c3c9d0"
-FEW_METHODS = ("default", "lora_r8", "prompt_tuning")
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
@@ -58,12 +56,13 @@ def gain_by_bytes(results: Results) -> Any:
 
 def gain_by_examples(results: Results) -> Any:
     """Filing: gain and accuracy over the number of tuning items; all items stand at their mean number."""
-    if not results.select("default", ("filing",), SIZES[0]):
+    sizes = by_size(results)
+    if not sizes:
         return None
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for method in FEW_METHODS:
-        groups = [cells for size in (*SIZES, None) if (cells := results.select(method, ("filing",), size))]
-        sizes = [
+        groups = [methods[method] for methods in sizes.values()]
+        places = [
             np.mean([results.rows[cell]["train_items"] + results.rows[cell]["validation_items"] for cell in cells]) for cells in groups
         ]
         values = {
@@ -73,7 +72,7 @@ def gain_by_examples(results: Results) -> Any:
         for axis, found in values.items():
             middle = [100 * one.value for one in found]
             reach = [[100 * (one.value - one.low) for one in found], [100 * (one.high - one.value) for one in found]]
-            axis.errorbar(sizes, middle, reach, fmt="o-", color=COLOURS[method], capsize=3, label=METHODS[method].title)
+            axis.errorbar(places, middle, reach, fmt="o-", color=COLOURS[method], capsize=3, label=METHODS[method].title)
     for axis, label in zip(axes, ("gain in NLL, %", "right label, %"), strict=True):
         axis.set(xscale="log", xlabel="examples", ylabel=label, title="filing")
         axis.spines[["top", "right"]].set_visible(False)

@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks.quality.cell import BATCH, STEPS, Cell
-from benchmarks.quality.figures import Estimate, Results, by_user, estimate, figures, ratio
-from benchmarks.quality.grid import LIKE_TASK, SIZES, Rates
+from benchmarks.quality.figures import Estimate, Results, by_size, by_user, estimate, figures, ratio
+from benchmarks.quality.grid import LIKE_TASK, Rates
 from benchmarks.quality.methods import MAIN, METHODS, ROWS, SWEEP
 from benchmarks.quality.tasks import DEVELOPERS, TASKS
 
@@ -101,14 +101,12 @@ def _comparison(common: Mapping[str, Sequence[Cell]], value: Callable[[Cell], fl
 def example_table(results: Results) -> str:
     """Filing over the number of examples."""
     rows = []
-    for count in (*SIZES, None):
-        for method in ("prompt_tuning", "default", "lora_r8"):
-            cells = results.select(method, ("filing",), count)
-            if cells:
-                gains = by_user(cells, results.gain)
-                right = estimate(by_user(cells, lambda one: results.rows[one]["accuracy"]))
-                better = f"{sum(gain > 0 for gain in gains.values())} of {len(gains)}"
-                rows.append([str(count or "all"), METHODS[method].title, percent(estimate(gains)), better, percent(right)])
+    for count, methods in by_size(results).items():
+        for method, cells in methods.items():
+            gains = by_user(cells, results.gain)
+            right = estimate(by_user(cells, lambda one: results.rows[one]["accuracy"]))
+            better = f"{sum(gain > 0 for gain in gains.values())} of {len(gains)}"
+            rows.append([str(count or "all"), METHODS[method].title, percent(estimate(gains)), better, percent(right)])
     return _table(("examples", "method", "gain", "users better", "right label"), rows) if rows else "Not measured yet."
 
 
