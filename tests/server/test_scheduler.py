@@ -324,6 +324,18 @@ def test_a_micro_batch_pauses_after_a_step_s_time_for_one_step_at_least() -> Non
     assert scheduler.next_in_pause() is None
 
 
+def test_one_long_step_hardly_changes_when_a_micro_batch_pauses() -> None:
+    scheduler = Scheduler(SchedulerLimits(interactive_share=0.5))
+    scheduler.add(_sequence("stream", 5))
+    for seconds in (0.1, 0.1, 5.0):
+        step = scheduler.next_step()
+        assert step is not None
+        _compute(scheduler, step)
+        scheduler.record(step, seconds)
+    assert not scheduler.pauses_pairs(0.1)
+    assert scheduler.pauses_pairs(0.13)
+
+
 def test_streams_wait_for_blocks_that_a_paused_micro_batch_holds() -> None:
     scheduler, shared = Scheduler(SchedulerLimits(kv_positions=6 * SIZE)), tuple(range(4 * SIZE))
     scheduler.add_pairs("call", GRADIENTS, [_prefixed(shared, 6)])

@@ -29,6 +29,8 @@ from lopa_server.engine.waiting import WaitingQueue, WaitingRequest
 
 SMOOTHING = 0.2
 """Weight of the newest step in a running mean."""
+OUTLIER = 2.0
+"""A step counts as so many times the usual one at most: one that reads prompts says little about the next."""
 PART_OF_STEP = 0.5
 """What a micro-batch can't be interrupted in takes this part of a step of streams at most, unless it is a single pair."""
 SMALLEST_STEP = 64
@@ -216,7 +218,8 @@ class Scheduler:
                 self._part_pace[step.kind] = _mean(self._part_pace.get(step.kind, pace), pace)
         else:
             self._interactive_credit -= seconds
-            self._token_seconds = _mean(self._token_seconds or seconds, seconds)
+            usual = self._token_seconds or seconds
+            self._token_seconds = _mean(usual, min(seconds, OUTLIER * usual))
 
     def _positions_beside_streams(self) -> int:
         """Positions of pairs whose parts take about half as long as one step of streams; the slower kind's pace counts."""
