@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lopa_exporters.eval.jail import values
+from lopa_exporters.eval.jail import syscalls, values
 from lopa_exporters.eval.sandbox import FOLDER, Check, CodeExecutionRefused, Limits, Sandbox, Verdict
 
 LIMITS = Limits(cpu_seconds=1, wall_seconds=8, memory_bytes=256 << 20)
@@ -140,7 +141,10 @@ def test_files_outside_stay_as_they_are(sandbox: Sandbox, tmp_path: Path) -> Non
     victim.chmod(0o666)
     ways = ["open(p, 'w')", "open(p, 'a').write('x')", "open(p + '2', 'x')", "os.unlink(p)", "os.rename(p, p + '2')", "os.mkdir(p + '3')"]
     ways += ["os.truncate(p, 0)", "os.chmod(p, 0)", "os.symlink(p, p + '4')", "os.link(p, p + '5')", "os.utime(p)", "os.mkfifo(p + '6')"]
-    program = f"import os\np = {str(victim)!r}\ndone = []\n"
+    ways += ["os.setxattr(p, 'user.x', b'x')", "change_mode()"]
+    program = f"import ctypes, os\np = {str(victim)!r}\ndone = []\n"
+    # fchmodat2, which Landlock does not know and Python does not use.
+    program += "def change_mode():\n    if ctypes.CDLL(None).syscall(452, -100, p.encode(), 0o600, 0): raise OSError\n"
     for way in ways:
         program += f"try:\n    {way}\n    done.append({way!r})\nexcept OSError:\n    pass\n"
     program += "def f(x):\n    return done\n"
@@ -194,6 +198,21 @@ def test_each_layer_holds_alone(layer: str, tmp_path: Path) -> None:
         pytest.skip(f"no {layer} here")
     prevented = ("processes", "network", "writing") if layer == "seccomp" else ("network", "writing", "reading")
     assert all(f"'{name}': False" in done.stdout for name in prevented), done.stdout
+
+
+@pytest.mark.parametrize(
+    ("column", "header"), [(0, "/usr/include/x86_64-linux-gnu/asm/unistd_64.h"), (1, "/usr/include/asm-generic/unistd.h")]
+)
+def test_numbers_of_system_calls_are_the_kernels(column: int, header: str) -> None:
+    """Against the headers of this machine's kernel; calls that are newer than these are not in them."""
+    if not Path(header).is_file():
+        pytest.skip(f"no {header} here")
+    lines = re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)\s", Path(header).read_text())
+    theirs = {name: int(number) for name, number in lines}
+    ours = {name: numbers[column] for name, numbers in syscalls.denied().items()}
+    newest = max(theirs.values())
+    assert {name: number for name, number in ours.items() if number is not None and number <= newest and theirs.get(name) != number} == {}
+    assert {name for name, number in ours.items() if number is None} & theirs.keys() == set()
 
 
 def test_what_holds_here_is_measured(sandbox: Sandbox) -> None:
