@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from statistics import median
 
@@ -31,11 +32,15 @@ def install(folder: Path) -> Path:
     return python
 
 
-def site_packages_mb(python: Path) -> float:
-    """Everything under site-packages except pip itself, in 10^6 bytes on disk."""
+def site_packages_mb(python: Path) -> dict[str, float]:
+    """What lies under site-packages except pip itself, by top-level name, largest first, in 10^6 bytes on disk."""
     (site,) = python.parents[1].glob("lib/python*/site-packages")
-    files = (path for path in site.rglob("*") if path.is_file() and not path.relative_to(site).parts[0].startswith(("pip", "setuptools")))
-    return sum(path.stat().st_size for path in files) / 1e6
+    sizes: Counter[str] = Counter()
+    for path in site.rglob("*"):
+        name = path.relative_to(site).parts[0]
+        if path.is_file() and not name.startswith(("pip", "setuptools", "pkg_resources")):
+            sizes[name] += path.stat().st_size
+    return {name: size / 1e6 for name, size in sizes.most_common()}
 
 
 def import_seconds(python: Path, statement: str) -> float:

@@ -1,9 +1,11 @@
 """What lopa asks of a device: disk, import, memory, encoding, a tuning step, bytes; beside torch and beside Petals.
 
-    python benchmarks/device.py --json benchmarks/results/device.json
+    python benchmarks/device.py --work build/device --prepare
+    python benchmarks/device.py --work build/device --json benchmarks/results/device.json
 
 The encoder is all-MiniLM-L6-v2 in int8, on one thread; texts of 128 tokens. Memory: a process of the plain package that generates with it.
-The step: m = 10, d = 4096, r = 4, batch 8, encodings cached, everything but network and server, the write to disk included.
+The step: m = 10, d = 4096, r = 4, batch 8, encodings cached: its time beyond a round trip of 20 ms, in which the step before is saved.
+`site_packages_floor_mb`: ONNX Runtime and numpy alone.
 `encode_cosine` and `fm_loss_change` compare int8 with float32 (`lopa_exporters.quality`). Petals' bytes are counted from its protocol,
 for the same example.
 """
@@ -92,34 +94,60 @@ def torch_step_ms(rounds: int = 60) -> float:
     return 1000 * median(times[3:])
 
 
-def measure(folder: Path) -> dict[str, float]:
-    """Every figure."""
-    python = install(folder / "venv")
-    figures = {"site_packages_mb": site_packages_mb(python), "import_seconds": import_seconds(python, "import lopa")}
+def installation(work: Path) -> tuple[dict[str, float], Path]:
+    """Size and import of the plain package, and its Python."""
+    python = work / "venv" / "bin" / "python"
+    if not python.exists():
+        install(work / "venv")
+    sizes = site_packages_mb(python)
+    figures = {"site_packages_mb": sum(sizes.values())}
+    figures["site_packages_floor_mb"] = sum(sizes[name] for name in ("onnxruntime", "numpy", "numpy.libs"))
+    figures |= {f"site_packages_{name}_mb": size for name, size in list(sizes.items())[:8]}
+    figures["import_seconds"] = import_seconds(python, "import lopa")
     figures["import_everything_seconds"] = import_seconds(python, "import lopa; lopa.Client, lopa.Persona, lopa.PromptEncoder")
+    return figures, python
+
+
+def step(work: Path, folder: Path) -> dict[str, float]:
+    """A tuning step of the default precision, in float32, with nothing to wait for, and in torch."""
+    if not (work / "wide" / "manifest.json").exists():
+        wide_bundle(work / "wide")
+    wide, figures = Bundle.open(work / "wide"), {}
+    figures["tune_step_ms"], figures["bytes_per_example"] = measure_step(wide, folder / "step")
+    figures["tune_step_no_round_trip_ms"], _ = measure_step(wide, folder / "instant", round_trip=0.0)
+    figures["tune_step_f32_ms"], figures["bytes_per_example_f32"] = measure_step(wide, folder / "f32", dtype="F32", gradient_dtype="F32")
+    figures["torch_update_ms"] = torch_step_ms()
+    return figures | {"petals_bytes_per_example": petals_bytes(WIDE.rows, WIDE.hidden)}
+
+
+def measure(work: Path, folder: Path) -> dict[str, float]:
+    """Every figure."""
+    figures, python = installation(work)
     bundle, quality = small_bundle(folder / "small")
     with start_server(ServerConfig(fm=nano_folder(), bundle=bundle.folder)) as server:
         figures["rss_mb"] = resident_mb(python, server.address, folder)
     (latency,) = (entry for entry in quality.latency if entry.tokens == 128)
     figures |= {"encode_p50_ms_128": latency.milliseconds, "encode_float32_p50_ms_128": latency.float32_milliseconds}
     figures |= {"encode_cosine": quality.cosine_x, "fm_loss_change": quality.loss_change, "encode_megabytes": quality.size / 1e6}
-    wide = wide_bundle(folder / "wide")
-    figures["tune_step_ms"], figures["bytes_per_example"] = measure_step(wide, folder / "step")
-    figures["tune_step_f32_ms"], figures["bytes_per_example_f32"] = measure_step(wide, folder / "f32", dtype="F32", gradient_dtype="F32")
-    figures["torch_update_ms"] = torch_step_ms()
-    figures["petals_bytes_per_example"] = petals_bytes(WIDE.rows, WIDE.hidden)
-    return figures
+    return figures | step(work, folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write machine, figures and rows here")
+    parser.add_argument("--work", type=Path, help="keep the fresh environment and the wide bundle here for the next time")
+    parser.add_argument("--prepare", action="store_true", help="only make what --work keeps")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        figures = measure(Path(folder))
+        work = args.work.resolve() if args.work else Path(folder)
+        if args.prepare:
+            install(work / "venv")
+            wide_bundle(work / "wide")
+            return
+        figures = measure(work, Path(folder))
     for name, value in figures.items():
-        print(f"{name:28s} {value:14.4f}")
+        print(f"{name:36s} {value:14.4f}")
     write(args.json, figures, [{"name": name, "value": value, "lopa": lopa.__version__} for name, value in figures.items()])
 
 

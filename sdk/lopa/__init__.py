@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from lopa.record import Version
     from lopa.retry import RetryPolicy
     from lopa.stream import AsyncGenerationStream, GenerationStream
+    from lopa.system_keyring import keyring_key
     from lopa.transport import Tls
     from lopa.tuning import TuneConfig, TuneProgress, TuneReport
     from lopa.values import (
@@ -96,6 +97,7 @@ _HOMES = {
     "lopa.noise": "ClipAndNoise",
     "lopa.retry": "RetryPolicy",
     "lopa.stream": "AsyncGenerationStream GenerationStream",
+    "lopa.system_keyring": "keyring_key",
     "lopa.transport": "Tls",
     "lopa.tuning": "TuneConfig TuneProgress TuneReport",
     "lopa.values": (
@@ -164,6 +166,7 @@ __all__ = [
     "connect",
     "connect_async",
     "import_persona",
+    "keyring_key",
     "open_personal",
     "personas",
 ]

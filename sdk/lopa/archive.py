@@ -18,7 +18,7 @@ from typing import Any
 
 from lopa.bundle import MAX_FILE_BYTES
 from lopa.errors import FolderError, StorageError
-from lopa.files import make_folder, read_limited, write_atomic
+from lopa.files import make_folder, read_limited, storage_error, write_atomic
 from lopa.folder import DAMAGE, PersonaStore
 from lopa.record import Record
 
@@ -55,7 +55,7 @@ def export_persona(store: PersonaStore, path: Path) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise StorageError(f"can't write {path}: {error}") from error
+        raise storage_error("write", path, error) from error
 
 
 def import_persona(path: Path | str, folder: Path | str, persona: str | None = None) -> str:

@@ -13,7 +13,7 @@ from grpc import aio
 
 from lopa.errors import Cancelled
 from lopa.link import CLOSED
-from lopa.protocol.flow import Ask, Flow, Meter, Open, Receive, Signal, Step, Wait
+from lopa.protocol.flow import Ask, Finish, Flow, Meter, Open, Receive, Signal, Start, Step, Wait
 from lopa.transport import Endpoint, translate
 from lopa.v1.catalog_pb2_grpc import CatalogStub
 from lopa.v1.inference_pb2_grpc import InferenceStub
@@ -65,11 +65,15 @@ class AsyncLink:
                 error = problem
 
     async def _perform(self, step: Step) -> Any:
-        if isinstance(step, Ask | Open) and self._closed:
+        if isinstance(step, Ask | Start | Open) and self._closed:
             raise Cancelled(CLOSED)
         try:
             if isinstance(step, Ask):
-                return await self._ask(step)
+                return await self._start(step).reply()
+            if isinstance(step, Start):
+                return self._start(step.ask)
+            if isinstance(step, Finish):
+                return await step.call.reply()  # type: ignore[attr-defined]
             if isinstance(step, Open):
                 return await self._open(step)
             if isinstance(step, Receive):
@@ -80,23 +84,10 @@ class AsyncLink:
             return await _wait(step)
         return await _work(step.function)
 
-    async def _ask(self, step: Ask) -> ProtoMessage:
+    def _start(self, step: Ask) -> AsyncCall:
         method = getattr(self._stubs[step.method.service], step.method.name)
         step.meter.add(sent=step.request.ByteSize(), requests=1)
-        call = method(step.request, timeout=step.timeout, metadata=self.endpoint.metadata())
-        loop = asyncio.get_running_loop()
-        unsubscribe = step.stop.subscribe(lambda: loop.call_soon_threadsafe(call.cancel)) if step.stop is not None else None
-        try:
-            reply: ProtoMessage = await call
-        except asyncio.CancelledError as error:
-            if call.cancelled() and (self._closed or (step.stop is not None and step.stop.is_set)):
-                raise Cancelled(CLOSED if self._closed else "the call was cancelled") from error
-            raise
-        finally:
-            if unsubscribe is not None:
-                unsubscribe()
-        step.meter.add(received=reply.ByteSize())
-        return reply
+        return AsyncCall(method(step.request, timeout=step.timeout, metadata=self.endpoint.metadata()), step, lambda: self._closed)
 
     async def _open(self, step: Open) -> AsyncReplyStream:
         method = getattr(self._stubs[step.method.service], step.method.name)
@@ -104,6 +95,38 @@ class AsyncLink:
         stream = AsyncReplyStream(method(step.request, timeout=step.timeout, metadata=self.endpoint.metadata()), step.meter)
         await stream.begin()
         return stream
+
+
+class AsyncCall:
+    """A unary call under way on this event loop."""
+
+    def __init__(self, call: Any, step: Ask, closed: Callable[[], bool]) -> None:
+        self._call, self._step, self._closed = call, step, closed
+        loop = asyncio.get_running_loop()
+        self._unsubscribe = step.stop.subscribe(lambda: loop.call_soon_threadsafe(call.cancel)) if step.stop is not None else lambda: None
+
+    async def reply(self) -> ProtoMessage:
+        """Wait for it.
+
+        Raises:
+            Cancelled: the call was given up. RpcError: it failed.
+        """
+        stop = self._step.stop
+        try:
+            reply: ProtoMessage = await self._call
+        except asyncio.CancelledError as error:
+            if self._call.cancelled() and (self._closed() or (stop is not None and stop.is_set)):
+                raise Cancelled(CLOSED if self._closed() else "the call was cancelled") from error
+            raise
+        finally:
+            self._unsubscribe()
+        self._step.meter.add(received=reply.ByteSize())
+        return reply
+
+    def cancel(self) -> None:
+        """Give it up; harmless after its end."""
+        self._unsubscribe()
+        self._call.cancel()
 
 
 class AsyncReplyStream:

@@ -33,7 +33,7 @@ class AsyncPersona(LocalPersona):
         *,
         encoder_text: str | None = None,
         prefix: str | Sequence[int] | None = None,
-        dtype: Dtype = "F32",
+        dtype: Dtype = "I8",
         placement: Placement | None = None,
         timeout: float | None = None,
         **sampling: Unpack[SamplingOptions],
@@ -50,7 +50,7 @@ class AsyncPersona(LocalPersona):
         *,
         encoder_text: str | None = None,
         prefix: str | Sequence[int] | None = None,
-        dtype: Dtype = "F32",
+        dtype: Dtype = "I8",
         placement: Placement | None = None,
         timeout: float | None = None,
         **sampling: Unpack[SamplingOptions],
@@ -66,7 +66,7 @@ class AsyncPersona(LocalPersona):
         examples: Iterable[ExampleLike],
         *,
         factors: Factors | None = None,
-        dtype: Dtype = "F32",
+        dtype: Dtype = "I8",
         placement: Placement | None = None,
     ) -> list[PairScore]:
         """As `Persona.score`."""
@@ -80,11 +80,12 @@ class AsyncPersona(LocalPersona):
         config: TuneConfig | None = None,
         on_step: Callable[[TuneProgress], None] | None = None,
         control: TuneControl | None = None,
+        progress: bool = False,
         keep_examples: bool = False,
         **options: Unpack[TuneOptions],
     ) -> TuneReport:
         """As `Persona.tune`. Cancelling the task stops the run after what is on disk; the same call goes on."""
-        return await self._link.run(self._tuning(examples, validation, config, Watch(on_step, control), keep_examples, options))
+        return await self._link.run(self._tuning(examples, validation, config, Watch(on_step, control, progress), keep_examples, options))
 
     async def migrate(
         self,

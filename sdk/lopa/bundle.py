@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from lopa.errors import BundleError
-from lopa.files import read_limited
+from lopa.files import read_limited, storage_error
 
 __all__ = [
     "Bundle",
@@ -293,11 +293,19 @@ class Bundle:
                 archive.writestr(info, (self.folder / name).read_bytes())
 
 
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as error:
+        raise storage_error("write", path, error) from error
+
+
 def extract_archive(archive: Path, folder: Path) -> Bundle:
     """Unpack an archive into a new `folder` and verify it. Only the names and sizes that the manifest gives are read.
 
     Raises:
-        BundleError: not such an archive, or its content doesn't verify. `folder` may then hold a partial copy.
+        BundleError: not such an archive, or its content doesn't verify. StorageError: no space. `folder` may then hold a partial copy.
     """
     try:
         with zipfile.ZipFile(archive) as source:
@@ -311,9 +319,8 @@ def extract_archive(archive: Path, folder: Path) -> Bundle:
             manifest = Manifest.from_json(source.read(MANIFEST).decode("utf-8"))
             if any(sizes[name] != spec.size for name, spec in manifest.files.items()):
                 raise BundleError(f"{archive.name} has files of other sizes than its manifest says")
-            folder.mkdir(parents=True, exist_ok=True)
             for name in (MANIFEST, *FILES):
-                (folder / name).write_bytes(source.read(name))
+                _write(folder / name, source.read(name))
     except (zipfile.BadZipFile, OSError, UnicodeDecodeError, NotImplementedError, RuntimeError, EOFError) as error:
         raise BundleError(f"{archive.name} is not a bundle archive: {error}") from error
     return Bundle.open(folder)

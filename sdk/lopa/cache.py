@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from lopa.bundle import FILES, MANIFEST, MAX_MANIFEST_BYTES, Bundle, Manifest, extract_archive
 from lopa.errors import BundleError, FingerprintMismatch, FolderError, NotFound, ProtocolError, RemoteError, StorageError, Unavailable
-from lopa.files import locked, make_folder, read_limited, sync_folder
+from lopa.files import locked, make_folder, read_limited, storage_error, sync_folder
 from lopa.protocol.flow import Flow, OpenStream, Receive, wait, work
 from lopa.signing import check_signature
 from lopa.v1 import catalog_pb2
@@ -97,7 +97,7 @@ def clean_bundles(days: float, chosen: Path | None = None) -> list[CacheEntry]:
     """Remove what was not used for so many days, and tell it. What another process is downloading now stays."""
     gone = []
     for entry in list_bundles(chosen):
-        if time.time() - entry.used < 86400 * days:
+        if max(0.0, time.time() - entry.used) < 86400 * days:  # a clock that went back makes nothing younger than now
             continue
         with contextlib.suppress(FolderError), locked(entry.folder.with_name(f"{entry.bundle_id}.lock"), "in use"):
             shutil.rmtree(entry.folder, ignore_errors=True) if entry.folder.is_dir() else entry.folder.unlink(missing_ok=True)
@@ -191,6 +191,9 @@ def _unpack(partial: Path, final: Path, bundle_id: str) -> Bundle:
         if bundle.manifest.id != bundle_id:
             raise BundleError(f"the server sent bundle {bundle.manifest.id[:12]} as {bundle_id[:12]}")
         _install(staging, final)
+    except StorageError:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise  # the download is whole: with more room it goes on from here
     except BundleError:
         shutil.rmtree(staging, ignore_errors=True)
         partial.unlink(missing_ok=True)  # complete but damaged: nothing to go on from
@@ -216,7 +219,7 @@ def _install(staging: Path, final: Path) -> None:
         staging.rename(final)
         sync_folder(final.parent)
     except OSError as error:
-        raise StorageError(f"can't write {final}: {error}") from error
+        raise storage_error("write", final, error) from error
 
 
 def _receive(session: Session, model: Model, partial: Path, progress: Progress | None) -> Flow[None]:
@@ -232,7 +235,7 @@ def _receive(session: Session, model: Model, partial: Path, progress: Progress |
                     stream.close()
             error: RemoteError = Unavailable("the server's bundle stream ended before the archive's end")
         except OSError as problem:
-            raise StorageError(f"can't write {partial}: {problem}") from problem
+            raise storage_error("write", partial, problem) from problem
         except RemoteError as problem:
             error = problem
         received = partial.stat().st_size

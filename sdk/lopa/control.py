@@ -35,7 +35,10 @@ class TuneControl:
         self._go.set()
 
     def pause(self) -> None:
-        """Hold the run after the step that is under way. The server keeps nothing for it meanwhile."""
+        """Hold the run after the step that is under way: from a callback, the one after the step that it was told of.
+
+        The server keeps nothing for the run meanwhile.
+        """
         self._go.clear()
 
     def resume(self) -> None:
@@ -81,14 +84,14 @@ class Budget:
         self._steps += 1
         self._longest = max(self._longest, time.monotonic() - self._step_began)
 
-    def reached(self, next_bytes: int) -> Stopped | None:
+    def reached(self, next_bytes: Callable[[], int]) -> Stopped | None:
         """The bound that the next step would break, if it brings so many bytes and lasts as long as the longest so far."""
         config, used = self._config, self._traffic() - self._start
         if config.max_steps is not None and self._steps >= config.max_steps:
             return "max_steps"
         if config.max_seconds is not None and time.monotonic() - self._began + self._longest > config.max_seconds:
             return "max_seconds"
-        if config.max_bytes is not None and used.sent_bytes + used.received_bytes + next_bytes > config.max_bytes:
+        if config.max_bytes is not None and used.sent_bytes + used.received_bytes + next_bytes() > config.max_bytes:
             return "max_bytes"
         return None
 

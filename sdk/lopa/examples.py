@@ -5,6 +5,7 @@ Orders come from SHA-256, not from a library's random generator, so that every v
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -110,10 +111,11 @@ def text_for_encoder(prompt: Prompt, given: str | None, prefix: str | Sequence[i
     return unicode_text("\n".join(lines), "prompt")
 
 
-def permutation(count: int, *key: object) -> list[int]:
+@functools.lru_cache(maxsize=16)
+def permutation(count: int, *key: object) -> tuple[int, ...]:
     """0 .. count-1 in an order that depends on the key alone."""
     prefix = "/".join(map(str, key))
-    return sorted(range(count), key=lambda i: hashlib.sha256(f"{prefix}/{i}".encode()).digest())
+    return tuple(sorted(range(count), key=lambda i: hashlib.sha256(f"{prefix}/{i}".encode()).digest()))
 
 
 def split(examples: Sequence[Example], validation: float | Iterable[ExampleLike] | None, seed: int) -> tuple[list[Example], list[Example]]:
@@ -140,14 +142,8 @@ def split(examples: Sequence[Example], validation: float | Iterable[ExampleLike]
 def batch(count: int, size: int, step: int, seed: int) -> list[int]:
     """Indices of the batch that step `step` (from 1) learns from: `size` of them, from one permutation an epoch, end to end."""
     first = (step - 1) * size
-    epochs: dict[int, list[int]] = {}
-    indices = []
-    for position in range(first, first + size):
-        epoch, place = divmod(position, count)
-        if epoch not in epochs:
-            epochs[epoch] = permutation(count, "epoch", seed, epoch)
-        indices.append(epochs[epoch][place])
-    return indices
+    places = (divmod(position, count) for position in range(first, first + size))
+    return [permutation(count, "epoch", seed, epoch)[place] for epoch, place in places]
 
 
 def digest(examples: Iterable[Example]) -> str:

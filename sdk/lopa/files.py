@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import sys
@@ -12,6 +13,17 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from lopa.errors import FolderError, StorageError
+
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room there and do it again"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "choose a place that this user can write, or allow it"),
+}
+
+
+def storage_error(doing: str, path: Path, error: OSError) -> StorageError:
+    """What went wrong at a place, and what to do. doing: "write", "create", ..."""
+    advice = _ADVICE.get(error.errno or 0, "look after this place and do it again")
+    return StorageError(f"can't {doing} {path}: {error.strerror or error}; {advice}; nothing of before was lost")
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -31,7 +43,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise StorageError(f"can't write {path}: {error}") from error
+        raise storage_error("write", path, error) from error
 
 
 def read_limited(path: Path, limit: int) -> bytes:
@@ -72,7 +84,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageError(f"can't create {path}: {error}") from error
+        raise storage_error("create", path, error) from error
 
 
 def sweep(folder: Path) -> None:
@@ -97,7 +109,7 @@ def locked(path: Path, busy: str, *, wait: float = 0.0) -> Iterator[None]:
     except Timeout as error:
         raise FolderError(busy) from error
     except OSError as error:
-        raise StorageError(f"can't lock {path}: {error}") from error
+        raise storage_error("lock", path, error) from error
     try:
         yield
     finally:

@@ -154,7 +154,8 @@ class PersonaStore:
         except FileNotFoundError as error:
             raise FolderError(f"{self.root} has no persona {self.name}") from error
         except DAMAGE as error:
-            raise FolderError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+            way_out = "put an earlier copy of the folder or an exported persona in its place, or begin another persona"
+            raise FolderError(f"{path} is damaged ({type(error).__name__}: {error}): {way_out}") from error
 
     def factors(self, record: Record, number: int | None = None) -> Factors:
         """The factors of a version; by default of the current one.

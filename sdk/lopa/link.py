@@ -9,7 +9,7 @@ import grpc
 from google.protobuf.message import Message as ProtoMessage
 
 from lopa.errors import Cancelled
-from lopa.protocol.flow import Ask, Flow, Meter, Open, Receive, Step, Wait, drive
+from lopa.protocol.flow import Ask, Finish, Flow, Meter, Open, Receive, Start, Step, Wait, drive
 from lopa.transport import Endpoint, translate
 from lopa.v1.catalog_pb2_grpc import CatalogStub
 from lopa.v1.inference_pb2_grpc import InferenceStub
@@ -51,11 +51,15 @@ class Link:
         return drive(flow, self._perform)
 
     def _perform(self, step: Step) -> Any:
-        if isinstance(step, Ask | Open) and self._closed:
+        if isinstance(step, Ask | Start | Open) and self._closed:
             raise Cancelled(CLOSED)
         try:
             if isinstance(step, Ask):
-                return self._ask(step)
+                return self._start(step).reply()
+            if isinstance(step, Start):
+                return self._start(step.ask)
+            if isinstance(step, Finish):
+                return step.call.reply()  # type: ignore[attr-defined]
             if isinstance(step, Open):
                 return self._open(step)
             if isinstance(step, Receive):
@@ -66,29 +70,46 @@ class Link:
             return step.until.wait(step.seconds) if step.until is not None else time.sleep(step.seconds or 0.0)
         return step.function()
 
-    def _ask(self, step: Ask) -> ProtoMessage:
+    def _start(self, step: Ask) -> Call:
         method = getattr(self._stubs[step.method.service], step.method.name)
         step.meter.add(sent=step.request.ByteSize(), requests=1)
-        metadata = self.endpoint.metadata()
-        reply: ProtoMessage
-        if step.stop is None:
-            reply = method(step.request, timeout=step.timeout, metadata=metadata)
-        else:
-            call = method.future(step.request, timeout=step.timeout, metadata=metadata)
-            unsubscribe = step.stop.subscribe(call.cancel)
-            try:
-                reply = call.result()
-            except grpc.FutureCancelledError as error:
-                raise Cancelled("the call was cancelled") from error
-            finally:
-                unsubscribe()
-        step.meter.add(received=reply.ByteSize())
-        return reply
+        return Call(method.future(step.request, timeout=step.timeout, metadata=self.endpoint.metadata()), step)
 
     def _open(self, step: Open) -> ReplyStream:
         method = getattr(self._stubs[step.method.service], step.method.name)
         step.meter.add(sent=step.request.ByteSize(), requests=1)
         return ReplyStream(method(step.request, timeout=step.timeout, metadata=self.endpoint.metadata()), step.meter)
+
+
+class Call:
+    """A unary call under way."""
+
+    def __init__(self, future: Any, step: Ask) -> None:
+        self._future, self._meter = future, step.meter
+        self._unsubscribe = step.stop.subscribe(future.cancel) if step.stop is not None else lambda: None
+
+    def reply(self) -> ProtoMessage:
+        """Wait for it.
+
+        Raises:
+            Cancelled: the call was given up. RpcError: it failed.
+        """
+        try:
+            reply: ProtoMessage = self._future.result()
+        except grpc.FutureCancelledError as error:
+            raise Cancelled("the call was cancelled") from error
+        except BaseException:  # the caller's own interruption: nobody waits any more
+            self._future.cancel()
+            raise
+        finally:
+            self._unsubscribe()
+        self._meter.add(received=reply.ByteSize())
+        return reply
+
+    def cancel(self) -> None:
+        """Give it up; harmless after its end."""
+        self._unsubscribe()
+        self._future.cancel()
 
 
 class ReplyStream:

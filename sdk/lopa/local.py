@@ -5,7 +5,8 @@ Legend: b examples, m soft-prompt rows, d hidden size of the foundation model (F
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,6 +15,7 @@ from lopa.archive import export_persona
 from lopa.bundle import Bundle
 from lopa.cache import cached_bundle, check_model, fetch_bundle
 from lopa.control import TuneControl
+from lopa.encoded import encode_examples, pairs_with
 from lopa.encoder import PromptEncoder
 from lopa.errors import BundleError, FingerprintMismatch, FolderError, Unavailable
 from lopa.examples import Example, ExampleLike, as_examples, split, text_for_encoder
@@ -23,7 +25,8 @@ from lopa.protocol.flow import Flow, work
 from lopa.record import Record, Version
 from lopa.session import GenerationFlow, WireOptions
 from lopa.sources import MAX_FILE_BYTES, from_jsonl, to_jsonl
-from lopa.tuner import TuneJob, Tuner, encode_examples, pairs_with
+from lopa.tune_job import TuneJob
+from lopa.tuner import Tuner
 from lopa.tuning import TuneConfig, TuneOptions, TuneProgress, TuneReport
 from lopa.values import Dtype, Float32, Model, Pair, PairScore, Placement, Prompt, Sampling
 from lopa.vault import Secret
@@ -206,11 +209,11 @@ class LocalPersona:
             raise TypeError(f"give either config or keywords, not both: {', '.join(options)}")
         training, held = split(as_examples(examples), validation, config.seed)
         control = watch.control or TuneControl()
-        job = TuneJob(config, training, held, watch.on_step or (lambda _: None), control)
-        with self._store.lock():
+        with self._store.lock(), watch.following() as tell:
             self._store.unlock()
             if keep_examples:
                 self._store.write(self._store.examples_path, to_jsonl([*self.kept_examples, *training, *held]))
+            job = TuneJob(config, training, held, tell, control)
             report = yield from Tuner(session.metered(control.stop), encoder, self._store, job).run()
             if self.record.pending and not report.resumable:
                 self._store.settle()
@@ -267,6 +270,19 @@ class Watch:
 
     on_step: Callable[[TuneProgress], None] | None = None
     control: TuneControl | None = None
+    bar: bool = False
+    """Show a progress bar."""
+
+    @contextlib.contextmanager
+    def following(self) -> Iterator[Callable[[TuneProgress], None]]:
+        """Whom to tell of every step."""
+        if not self.bar:
+            yield self.on_step or (lambda _: None)
+            return
+        from lopa.progress_bar import tuning_bar
+
+        with tuning_bar(self.on_step) as show:
+            yield show
 
 
 @dataclass(frozen=True)

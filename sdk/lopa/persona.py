@@ -42,7 +42,7 @@ class Persona(LocalPersona):
         *,
         encoder_text: str | None = None,
         prefix: str | Sequence[int] | None = None,
-        dtype: Dtype = "F32",
+        dtype: Dtype = "I8",
         placement: Placement | None = None,
         timeout: float | None = None,
         **sampling: Unpack[SamplingOptions],
@@ -69,7 +69,7 @@ class Persona(LocalPersona):
         *,
         encoder_text: str | None = None,
         prefix: str | Sequence[int] | None = None,
-        dtype: Dtype = "F32",
+        dtype: Dtype = "I8",
         placement: Placement | None = None,
         timeout: float | None = None,
         **sampling: Unpack[SamplingOptions],
@@ -86,7 +86,7 @@ class Persona(LocalPersona):
         examples: Iterable[ExampleLike],
         *,
         factors: Factors | None = None,
-        dtype: Dtype = "F32",
+        dtype: Dtype = "I8",
         placement: Placement | None = None,
     ) -> list[PairScore]:
         """Negative log-likelihood of each example's target, with the current factors or the ones given.
@@ -106,6 +106,7 @@ class Persona(LocalPersona):
         config: TuneConfig | None = None,
         on_step: Callable[[TuneProgress], None] | None = None,
         control: TuneControl | None = None,
+        progress: bool = False,
         keep_examples: bool = False,
         **options: Unpack[TuneOptions],
     ) -> TuneReport:
@@ -115,10 +116,12 @@ class Persona(LocalPersona):
         validation: examples of your own to measure on, or the share of `examples` to hold back (default 20 %, at least one).
         config, or its fields as keywords: steps, batch_size, learning_rate, max_bytes, ...; by default the bundle's.
         on_step: told after every step, and while the run waits. control: pauses, resumes and cancels from another thread.
+        progress: show a bar, if standard error is a terminal.
         keep_examples: keep them on this device, beside the factors, so that `migrate` can learn them again one day.
 
-        Every completed step is on disk. Interrupted at any moment, a call with the same examples and settings goes on where
-        it stopped and ends with the same factors, bit for bit, as if it had never stopped.
+        A step is on disk when `on_step` is told of it; the next one's gradients are under way by then. Interrupted at any moment, a call
+        with the same examples and settings goes on where it stopped and ends with the same factors, bit for bit, as if it had never
+        stopped.
 
         >>> report = me.tune([("2 + 2 = ", "4"), ("3 + 5 = ", "8"), ("1 + 6 = ", "7")], steps=4, max_steps=3)
         >>> report.outcome, report.resumable, me.unfinished
@@ -128,7 +131,7 @@ class Persona(LocalPersona):
             TuningError: too few examples, or a setting out of range. Unavailable: no server for `patience` seconds; call again.
             FolderError: another process tunes this persona. Cancelled: before anything was measured. Others: as the server says.
         """
-        return self._need_link().run(self._tuning(examples, validation, config, Watch(on_step, control), keep_examples, options))
+        return self._need_link().run(self._tuning(examples, validation, config, Watch(on_step, control, progress), keep_examples, options))
 
     def migrate(
         self,

@@ -26,13 +26,17 @@ from lopa.protocol.flow import (
     PROMPT_GRADIENTS,
     SCORE,
     Ask,
+    Finish,
     Flow,
+    Meanwhile,
     Meter,
     Method,
     Open,
+    OpenCall,
     OpenStream,
     Receive,
     Signal,
+    Start,
     wait,
 )
 from lopa.v1 import catalog_pb2, common_pb2, inference_pb2, tuning_pb2
@@ -135,8 +139,10 @@ class Session:
             scores += replies.check_scores(reply.scores, batch, revision)
         return scores
 
-    def prompt_gradients(self, pairs: Sequence[Pair], wire: WireOptions, *, low_priority: bool = False) -> Flow[list[PairGradient]]:
-        """Losses and gradients, in as many requests as the server's limits ask for."""
+    def prompt_gradients(
+        self, pairs: Sequence[Pair], wire: WireOptions, *, low_priority: bool = False, meanwhile: Meanwhile | None = None
+    ) -> Flow[list[PairGradient]]:
+        """Losses and gradients, in as many requests as the server's limits ask for. meanwhile: see `call`."""
         model = yield from self.model()
         code = requests.dtype_code(wire.gradient_dtype, "gradient_dtype")
         gradients, priority = list[PairGradient](), _priority(low_priority)
@@ -145,7 +151,8 @@ class Session:
             request = tuning_pb2.PromptGradientsRequest(
                 pairs=batch, gradient_dtype=code, fm_fingerprint=model.fingerprint, priority=priority
             )
-            reply = yield from _numbered(self.call(PROMPT_GRADIENTS, request, _or(wire.timeout, self.config.timeout)), first)
+            call = self.call(PROMPT_GRADIENTS, request, _or(wire.timeout, self.config.timeout), meanwhile)
+            reply = yield from _numbered(call, first)
             revision = yield from self.revision(_first_revision(reply.gradients))
             gradients += replies.check_gradients(reply.gradients, batch, revision, code)
         return gradients
@@ -167,11 +174,25 @@ class Session:
             model = fresh
         return model.revision
 
-    def call(self, method: Method[Reply], request: ProtoMessage, timeout: float) -> Flow[Reply]:
-        """Call a method that is safe to repeat, with retries; `timeout` (seconds) bounds all of them together."""
+    def call(self, method: Method[Reply], request: ProtoMessage, timeout: float, meanwhile: Meanwhile | None = None) -> Flow[Reply]:
+        """Call a method that is safe to repeat, with retries; `timeout` (seconds) bounds all of them together.
+
+        meanwhile: what to do on this device while an attempt is under way; its errors end the call.
+        """
 
         def attempt(left: float) -> Flow[Reply]:
-            reply: Reply = yield Ask(method, request, left, self.meter, self._stop)
+            reply: Reply
+            ask = Ask(method, request, left, self.meter, self._stop)
+            if meanwhile is None:
+                reply = yield ask
+                return reply
+            call: OpenCall = yield Start(ask)
+            try:
+                yield from meanwhile()
+                self._check_stop()  # the reply may have been faster than whoever set it
+                reply = yield Finish(call)
+            finally:
+                call.cancel()
             return reply
 
         return (yield from self._with_retries(attempt, timeout))
@@ -188,8 +209,7 @@ class Session:
     def _with_retries(self, attempt: Callable[[float], Flow[Result]], timeout: float) -> Flow[Result]:
         deadline, failures = time.monotonic() + timeout, 0
         while True:
-            if self._stop is not None and self._stop.is_set:
-                raise Cancelled("the call was cancelled")
+            self._check_stop()
             try:
                 return (yield from attempt(max(0.0, deadline - time.monotonic())))
             except RemoteError as error:
@@ -203,6 +223,10 @@ class Session:
         """What may leave the device."""
         noise = self.config.soft_prompt_noise
         return soft_prompt if noise is None else noise(soft_prompt, self._noise)
+
+    def _check_stop(self) -> None:
+        if self._stop is not None and self._stop.is_set:
+            raise Cancelled("the call was cancelled")
 
     def _batches(
         self, pairs: Sequence[Pair], wire: WireOptions, model: Model, *, reply_dtype: common_pb2.DType.ValueType | None = None

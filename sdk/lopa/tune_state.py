@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
@@ -74,6 +74,9 @@ class Progress:
             raise ValueError(f"outcome {progress.outcome!r} doesn't fit step {progress.step}")
         return progress
 
+    def to_json(self) -> str:
+        return json.dumps(vars(self))
+
     def copy(self) -> Progress:
         """One that can go on without changing this one."""
         return replace(self, losses=[*self.losses], gradient_norms=[*self.gradient_norms], validation=[*self.validation])
@@ -109,7 +112,7 @@ class TuneState:
         }
         tensors = {f"{kind}.{name}": value for kind, group in groups.items() for name, value in group.items()}
         specs = [TensorSpec(name, value.shape) for name, value in tensors.items()]
-        metadata = {"digest": self.digest, "progress": json.dumps(asdict(self.progress))}
+        metadata = {"digest": self.digest, "progress": self.progress.to_json()}
         store.write(store.tuning_path, write_tensors(tensors, specs, metadata))
 
 

@@ -5,22 +5,24 @@ The server never sees factors, their gradients or the optimizer's state. Legend:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import random
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from lopa import examples as data
-from lopa.control import Budget, Stopped, TuneControl, pair_bytes
+from lopa.control import Budget, Stopped, pair_bytes
+from lopa.encoded import Encoded, encode_examples, pairs_with
 from lopa.encoder import Moments, PromptEncoder, Tensors
-from lopa.errors import Cancelled, FactorsError, InvalidRequest, TuningError
+from lopa.errors import Cancelled, FactorsError, InvalidRequest, LopaError, RemoteError, TuningError
 from lopa.examples import Example
 from lopa.factors import Factors
 from lopa.folder import PersonaStore
@@ -28,9 +30,10 @@ from lopa.protocol.flow import Flow, work
 from lopa.protocol.requests import DTYPES
 from lopa.retry import Patience
 from lopa.session import WireOptions
+from lopa.tune_job import Diverged, Told, TuneJob
 from lopa.tune_state import Progress, TuneState, load_state
-from lopa.tuning import Outcome, TuneConfig, TuneProgress, TuneReport
-from lopa.values import Float32, Pair, PairGradient
+from lopa.tuning import Outcome, TuneProgress, TuneReport
+from lopa.values import Pair, PairGradient
 from lopa.wire.errors import Reason
 
 if TYPE_CHECKING:
@@ -38,47 +41,6 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 _OUT_OF_RANGE = (Reason.SOFT_PROMPT_NORM, Reason.SOFT_PROMPT_NOT_FINITE)
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Examples with the instance tensors of their prompts: name -> (n, ...)."""
-
-    examples: Sequence[Example]
-    instance: Tensors
-
-    def take(self, rows: Sequence[int]) -> Encoded:
-        """Some of them, in this order."""
-        return Encoded([self.examples[i] for i in rows], {name: value[list(rows)] for name, value in self.instance.items()})
-
-
-def encode_examples(encoder: PromptEncoder, examples: Sequence[Example]) -> Encoded:
-    """Run the encoder once over every example's text."""
-    texts = [data.text_for_encoder(example.prompt, example.encoder_text, example.prefix) for example in examples]
-    return Encoded(examples, encoder.encode(texts))
-
-
-def pairs_with(encoded: Encoded, soft_prompts: Float32) -> list[Pair]:
-    """Pairs for the wire; soft_prompts: (b, m, d)."""
-    return [
-        Pair(example.prompt, example.target, soft, example.append_end, example.prefix)
-        for example, soft in zip(encoded.examples, soft_prompts, strict=True)
-    ]
-
-
-class Diverged(Exception):
-    """Never leaves a run: the soft prompt or the factors left the range of usable numbers."""
-
-
-@dataclass(frozen=True)
-class TuneJob:
-    """What to learn, and who watches."""
-
-    config: TuneConfig
-    training: Sequence[Example]
-    validation: Sequence[Example]
-    notify: Callable[[TuneProgress], None] = field(default=lambda _: None)
-    control: TuneControl = field(default_factory=TuneControl)
 
 
 class Tuner:
@@ -102,14 +64,25 @@ class Tuner:
         self._clock = time.monotonic()
         self._counted = session.meter.traffic
         self._last = Progress()
+        self._unsaved: TuneState | None = None
 
     def run(self) -> Flow[TuneReport]:
-        """Tune to the end; every completed step is on disk before the next begins.
+        """Tune to the end. A step is saved while the next one's gradients are under way, and told when it is on disk.
 
         Raises:
             Unavailable: no server for `patience` seconds; call again to go on. Cancelled: before anything was measured.
             Others: as the server or the folder says.
         """
+        try:
+            return (yield from self._run())
+        except Told as told:
+            raise told.error from told.error.__cause__
+        finally:
+            if self._unsaved is not None:  # the run was interrupted just now
+                with contextlib.suppress(LopaError):
+                    self._unsaved.save(self._store)
+
+    def _run(self) -> Flow[TuneReport]:
         self._training, self._validation = yield from work(
             lambda: tuple(encode_examples(self._encoder, part) for part in (self._job.training, self._job.validation))
         )
@@ -120,8 +93,12 @@ class Tuner:
         resumed_from, stopped = state.progress.step, None
         self._last = state.progress
         while state.progress.outcome == "running":
+            if self._job.control.paused:
+                yield from self._settle()
             yield from self._job.control.hold(lambda why: self._tell(self._last, why))
-            stopped = "cancelled" if self._job.control.cancelled else self._budget.reached(self._step_bytes(state.progress.step + 1))
+            stopped = (
+                "cancelled" if self._job.control.cancelled else self._budget.reached(partial(self._step_bytes, state.progress.step + 1))
+            )
             if stopped:
                 break
             try:
@@ -132,10 +109,22 @@ class Tuner:
                 if not self._job.control.cancelled:
                     raise
                 continue
-            self._last = state.progress
-            yield from work(partial(self._save, state))
-            self._tell(state.progress)
+            self._account(state.progress)
+            self._last, self._unsaved = state.progress, state
+        yield from self._settle()
         return self._finish(state, resumed_from, stopped)
+
+    def _settle(self) -> Flow[None]:
+        """Save the last step, if that is still to do, and tell of it."""
+        state = self._unsaved
+        if state is None:
+            return
+        yield from work(partial(state.save, self._store))
+        self._unsaved = None
+        try:
+            self._tell(state.progress)
+        except RemoteError as error:
+            raise Told(error) from error
 
     def _digest(self) -> str:
         """What this run is: a run with the same digest goes on where the other stopped."""
@@ -157,7 +146,8 @@ class Tuner:
         progress = Progress(before_nll=before, best_nll=min(start, before), validation=[(0, start)])
         moments = Moments.zeros(self._encoder.bundle.manifest.personal)
         state = TuneState(self._digest(), self._start.tensors, moments, self._current.tensors, progress)
-        self._save(state)
+        self._account(progress)
+        state.save(self._store)
         return state
 
     def _batch(self, step: int) -> list[int]:
@@ -175,7 +165,8 @@ class Tuner:
         batch = self._training.take(self._batch(step))
         gradients = yield from self._gradients(batch, state.personal)
         tokens = sum(item.target_tokens for item in gradients)
-        mean = np.stack([item.gradient for item in gradients]) / np.float32(tokens)
+        mean = np.stack([item.gradient for item in gradients])
+        mean /= np.float32(tokens)
         update = yield from work(
             lambda: self._encoder.update(
                 batch.instance,
@@ -225,7 +216,9 @@ class Tuner:
         except FactorsError as error:
             raise Diverged(str(error)) from error
         pairs, low = pairs_with(batch, soft), self._config.low_priority
-        return (yield from self._ask(lambda: self._session.prompt_gradients(pairs, self._wire, low_priority=low), pairs))
+        return (
+            yield from self._ask(lambda: self._session.prompt_gradients(pairs, self._wire, low_priority=low, meanwhile=self._settle), pairs)
+        )
 
     def _validate(self, state: TuneState) -> Flow[None]:
         """Measure the factors as they would rest on disk, and keep them if they are the best so far."""
@@ -266,14 +259,14 @@ class Tuner:
     def _with(self, tensors: Tensors) -> Factors:
         return Factors(tensors, self._current.specs, self._current.bundle_id, self._current.fm_fingerprint)
 
-    def _save(self, state: TuneState) -> None:
+    def _account(self, progress: Progress) -> None:
+        """Add the time and the bytes since the last call."""
         now, traffic = time.monotonic(), self._session.meter.traffic
         used = traffic - self._counted
-        state.progress.seconds += now - self._clock
-        state.progress.sent_bytes += used.sent_bytes
-        state.progress.received_bytes += used.received_bytes
+        progress.seconds += now - self._clock
+        progress.sent_bytes += used.sent_bytes
+        progress.received_bytes += used.received_bytes
         self._clock, self._counted = now, traffic
-        state.save(self._store)
 
     def _tell(self, progress: Progress, waiting: str = "") -> None:
         loss = progress.losses[-1] if progress.losses else None

@@ -28,7 +28,8 @@ EXAMPLES = [Example("u", "t", f"def {name}({'x' * (1 + i % 7)}):\n    return ", 
 def test_device_and_server_reach_the_factors_of_ordinary_training(tmp_path: Path, profile: str) -> None:
     fm = build_tiny_fm(tmp_path / "fm")
     bundle = build_tiny_bundle(fm, tmp_path / "bundle", profile=profile, personal_dtype="F32")
-    config = TuneConfig(steps=STEPS, batch_size=8, learning_rate=1e-2, weight_decay=1e-2, clip=1.0, validate_every=STEPS)
+    exact = {"dtype": "F32", "gradient_dtype": "F32"}
+    config = TuneConfig(steps=STEPS, batch_size=8, learning_rate=1e-2, weight_decay=1e-2, clip=1.0, validate_every=STEPS, **exact)
 
     on_device, losses = _tune_split(fm, bundle, tmp_path, config)
     encoder, start = build_tiny_parts(fm, profile=profile)

@@ -59,7 +59,7 @@ def test_pause_and_resume_from_another_thread(client: lopa.Client, tmp_path: Pat
     persona = client.personal(tmp_path)
     persona.tune(EXAMPLES, control=control, on_step=watch, **SETTINGS)
     helper.join()
-    assert (3, "paused") in seen and not control.paused
+    assert (4, "paused") in seen and not control.paused, "a step is told while the next one is under way, which is finished"
     assert persona.factors_path.read_bytes() == unbroken[0]
 
 
@@ -82,7 +82,7 @@ def test_cancel_ends_a_pause_and_a_call_under_way(client: lopa.Client, tmp_path:
     assert not persona.unfinished and persona.tune(EXAMPLES, **SETTINGS).resumed_from == 0
 
 
-@pytest.mark.parametrize("budget", [{"max_steps": 5}, {"max_bytes": 20_000}, {"max_seconds": 1e-6}])
+@pytest.mark.parametrize("budget", [{"max_steps": 5}, {"max_bytes": 8_000}, {"max_seconds": 1e-6}])
 def test_a_budget_ends_the_call_and_the_next_one_goes_on(
     client: lopa.Client, tmp_path: Path, unbroken: tuple[bytes, lopa.TuneReport], budget: TuneOptions
 ) -> None:
@@ -94,7 +94,7 @@ def test_a_budget_ends_the_call_and_the_next_one_goes_on(
     if name == "max_steps":
         assert report.steps == limit
     if name == "max_bytes":
-        assert report.steps > 0 and used.sent_bytes + used.received_bytes <= 20_000
+        assert report.steps > 0 and used.sent_bytes + used.received_bytes <= 8_000
     report = persona.tune(EXAMPLES, **SETTINGS)
     assert report.outcome == "finished" and persona.factors_path.read_bytes() == unbroken[0]
 

@@ -145,7 +145,7 @@ def test_sound_progress_comes_back(store: PersonaStore) -> None:
 )
 def test_damaged_progress_is_a_folder_error(store: PersonaStore, monkeypatch: pytest.MonkeyPatch, field: str, value: object) -> None:
     text = json.dumps({**SOUND, field: value})
-    monkeypatch.setattr("lopa.tune_state.asdict", lambda _: json.loads(text))
+    monkeypatch.setattr("lopa.tune_state.Progress.to_json", lambda _: text)
     with pytest.raises(FolderError, match="damaged"):
         resumed(store)
 

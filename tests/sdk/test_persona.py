@@ -46,7 +46,9 @@ def test_generate_sends_the_personal_soft_prompt(client: lopa.Client, tuned: tup
     assert soft.shape == (4, 32)
     personal = persona.generate(prompt, max_tokens=8, ignore_end=True)
     assert personal.receipt is not None
-    assert personal.token_ids == client.generate(prompt, soft_prompt=soft, max_tokens=8, ignore_end=True).token_ids
+    assert personal == client.generate(prompt, soft_prompt=soft, dtype="I8", max_tokens=8, ignore_end=True)
+    exact = persona.generate(prompt, dtype="F32", max_tokens=8, ignore_end=True)
+    assert exact == client.generate(prompt, soft_prompt=soft, max_tokens=8, ignore_end=True) and exact.receipt != personal.receipt
     stream = persona.stream(prompt, max_tokens=8, ignore_end=True)
     assert "".join(delta.text for delta in stream) == personal.text
     chat = persona.generate([lopa.Message("user", "hello")], max_tokens=2)
@@ -105,7 +107,8 @@ def test_divergence_ends_the_run_and_keeps_the_best(client: lopa.Client, tmp_pat
 def test_smaller_dtypes_on_the_wire_tune_too(client: lopa.Client, tmp_path: Path, wire: tuple[str, str]) -> None:
     persona = client.personal(tmp_path / "me")
     options: TuneOptions = {"steps": 10, "batch_size": 5, "learning_rate": 0.02, "validate_every": 2}
-    full = client.personal(tmp_path / "me", "full").tune(EXAMPLES, validation=EXAMPLES, **options)
+    exact: TuneOptions = {"dtype": "F32", "gradient_dtype": "F32"}
+    full = client.personal(tmp_path / "me", "full").tune(EXAMPLES, validation=EXAMPLES, **exact, **options)
     small = persona.tune(EXAMPLES, validation=EXAMPLES, dtype=wire[0], gradient_dtype=wire[1], **options)  # type: ignore[arg-type]
     assert small.sent_bytes < full.sent_bytes and small.received_bytes < full.received_bytes
     assert small.end_nll < small.start_nll

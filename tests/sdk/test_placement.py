@@ -7,7 +7,7 @@ from pathlib import Path
 import lopa
 import numpy as np
 import pytest
-from lopa.tuner import encode_examples
+from lopa.encoded import encode_examples
 
 from tests.sdk.conftest import EXAMPLES
 
@@ -32,7 +32,7 @@ def torch_nll(fm_folder: Path, before: str, soft: np.ndarray, target: str) -> fl
 def test_an_empty_prompt_behind_a_prefix_is_what_torch_says(client: lopa.Client, fm_folder: Path, tmp_path: Path) -> None:
     persona = client.personal(tmp_path)
     soft = persona.soft_prompts([str(BEHIND[0].prefix)])[0]
-    score = persona.score(BEHIND[:1], placement="after_prefix")[0]
+    score = persona.score(BEHIND[:1], dtype="F32", placement="after_prefix")[0]
     assert score.nll_sum == pytest.approx(torch_nll(fm_folder, str(BEHIND[0].prefix), soft, str(BEHIND[0].target)), rel=1e-4)
     assert score.nll_sum != pytest.approx(persona.score(BEHIND[:1])[0].nll_sum, rel=1e-3)
     reply = client.generate("", prefix="def f(", soft_prompt=soft, placement="after_prefix", max_tokens=2)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lopa.cli.connecting import open_client, open_persona
-from lopa.cli.output import fail, print_json, tuning_bar, usage_error
+from lopa.cli.output import fail, print_json, usage_error
 
 if TYPE_CHECKING:
     from lopa.examples import Example
@@ -122,8 +122,8 @@ def tune(
     )
     with open_client(address, tls) as client:
         who = open_persona(client, folder, persona)
-        with _interruptible(), tuning_bar() as show:
-            report = who.tune(learn, validation=measure, on_step=show, keep_examples=keep_examples, **options)
+        with _interruptible():
+            report = who.tune(learn, validation=measure, progress=True, keep_examples=keep_examples, **options)
     if plot is not None:
         report.plot(plot)
     _tell(report, as_json=as_json)
@@ -131,6 +131,8 @@ def tune(
 
 def migrate(address: Address, folder: Folder, persona: PersonaName = "default", tls: Tls = False, as_json: Json = False) -> None:
     """Learn a persona's kept examples again, for the server's model of now. Interrupted, the same command goes on."""
+    from lopa.progress_bar import tuning_bar
+
     with open_client(address, tls) as client:
         who = open_persona(client, folder, persona, plain=True)
         with _interruptible(), tuning_bar() as show:

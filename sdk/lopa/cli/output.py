@@ -7,12 +7,9 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import typer
-
-if TYPE_CHECKING:
-    from lopa.tuning import TuneProgress
 
 
 def fail(message: str, code: int = 1) -> NoReturn:
@@ -41,24 +38,3 @@ def download_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, visible=False)
         yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
-
-
-@contextlib.contextmanager
-def tuning_bar() -> Iterator[Callable[[TuneProgress], None]]:
-    """A progress bar over optimizer steps with the losses beside it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("tuning"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("encoding and measuring", total=None)
-
-        def show(now: TuneProgress) -> None:
-            parts = [f"loss {now.loss:.3f}"] if now.loss is not None else []
-            if now.validation_nll is not None:
-                parts.append(f"validation {now.validation_nll:.3f} (before: {now.start_nll:.3f})")
-            if now.waiting:
-                parts = [f"waiting for the server: {now.waiting}"]
-            bar.update(task, completed=now.step, total=now.steps, description=", ".join(parts))
-
-        yield show

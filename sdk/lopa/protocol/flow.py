@@ -55,7 +55,13 @@ class Signal:
             already = self._event.is_set()
         if already:
             callback()
-        return lambda: self._callbacks.remove(callback)
+
+        def end() -> None:
+            with self._lock:
+                if callback in self._callbacks:
+                    self._callbacks.remove(callback)
+
+        return end
 
 
 class Meter:
@@ -113,6 +119,28 @@ class Ask:
     stop: Signal | None = None
 
 
+class OpenCall(Protocol):
+    """A unary call under way, as its driver made it."""
+
+    def cancel(self) -> None:
+        """Give it up; harmless after its end."""
+        ...
+
+
+@dataclass(frozen=True)
+class Start:
+    """As `Ask`, without waiting for the reply. Result: an OpenCall."""
+
+    ask: Ask
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Wait for a call's reply, which is the result."""
+
+    call: OpenCall
+
+
 @dataclass(frozen=True)
 class Open:
     """One attempt at a streaming call, up to its first message. Result: an OpenStream."""
@@ -145,7 +173,7 @@ class Work:
     function: Callable[[], Any]
 
 
-Step = Ask | Open | Receive | Wait | Work
+Step = Ask | Start | Finish | Open | Receive | Wait | Work
 Flow = Generator[Step, Any, Result]
 
 
@@ -153,6 +181,10 @@ def work(function: Callable[[], Result]) -> Flow[Result]:
     """Run a function where it holds up nobody."""
     result: Result = yield Work(function)
     return result
+
+
+Meanwhile = Callable[[], Flow[None]]
+"""What a device does while a call is under way. Every attempt begins it, so the second time there may be nothing left to do."""
 
 
 def wait(seconds: float | None, until: Signal | None = None) -> Flow[None]:

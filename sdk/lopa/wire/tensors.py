@@ -46,9 +46,11 @@ def encode_rows(rows: Float32, dtype: pb.DType.ValueType) -> tuple[bytes, bytes]
         nan = np.isnan(rows)
         return np.where(nan, 0x7FC0, rounded).astype("<u2").tobytes(), b""
     if dtype == pb.DTYPE_I8:
-        scales = np.abs(rows).max(axis=1, keepdims=True) / np.float32(127)
-        steps = np.divide(rows, scales, out=np.zeros_like(rows), where=scales > 0)
-        return np.rint(steps).astype(np.int8).tobytes(), scales.astype("<f4").tobytes()
+        scales = np.maximum(rows.max(axis=1, keepdims=True), -rows.min(axis=1, keepdims=True)) / np.float32(127)
+        with np.errstate(invalid="ignore"):  # what is not finite gets a scale that the receiver refuses
+            steps = rows / np.where(scales > 0, scales, np.float32(1))
+            data = np.rint(steps, out=steps).astype(np.int8).tobytes()
+        return data, scales.astype("<f4").tobytes()
     raise WireError(Reason.SOFT_PROMPT_DTYPE, "dtype", limit="F32, F16, BF16, I8", found=dtype_name(dtype))
 
 
@@ -77,7 +79,9 @@ def decode_rows(data: bytes, scales: bytes, *, rows: int, hidden: int, dtype: in
     scale = np.frombuffer(scales, "<f4").astype(np.float32).reshape(rows, 1)
     if not np.all(scale >= 0):
         raise WireError(Reason.OUT_OF_RANGE, "scales", limit="finite and not negative", found="a negative or NaN scale")
-    return np.frombuffer(data, np.int8).reshape(shape).astype(np.float32) * scale
+    values = np.frombuffer(data, np.int8).reshape(shape).astype(np.float32)
+    values *= scale
+    return values
 
 
 def soft_prompt_message(
