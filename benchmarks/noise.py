@@ -76,7 +76,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="lopa-noise-") as temporary:
         folder = Path(temporary)
         with connected(Arm("nowhere", None), folder / "cache") as client:
-            clips, model = norms(client, folder / "norms", data), client.model()
+            clips, model = norms(client, folder / "norms", data), client.model
             values = client.bundle().manifest.rows * model.hidden_size
         arms = [Arm("nowhere", None)]
         arms += [Arm(where, lopa.ClipAndNoise(clip, noise)) for where, clip in clips.items() for noise in LEVELS]

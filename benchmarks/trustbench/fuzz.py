@@ -192,14 +192,14 @@ class Fuzzer:
                 return self._send(channel, path, data)
             reason, _ = requests.reason_of(error)
             where = re.sub(r"\d+", "N", error.details() or "")[:60]
-            return error.code().name, f"{reason} {where}" if reason else ""
+            return error.code().name, f"{reason} {where}" if reason else f"untyped {error.debug_error_string()}"
         return "OK", "OK"
 
     def _judge(self, path: str, data: bytes, status: str, told: str) -> None:
         with self._lock:
             self.report.outcomes[f"{path.rsplit('/', 1)[1]} {status} {told.split(' ')[0]}"] += 1
-            if not told:
-                self.report.untyped.append(f"{path} {status} {data[:200].hex()}")
+            if told.startswith("untyped"):
+                self.report.untyped.append(f"{path} {status} {data[:200].hex()} {told}")
             self.report.hangs += status == "DEADLINE_EXCEEDED"
             signature = f"{path} {status} {told}"
             if signature in self._seen:

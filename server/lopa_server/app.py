@@ -334,6 +334,8 @@ def _channel_options(max_message_bytes: int, traffic: TrafficLimits) -> list[tup
         ("grpc.so_reuseport", 0),
         ("grpc.max_metadata_size", traffic.header_bytes),
         ("grpc.absolute_max_metadata_size", traffic.header_bytes),
+        ("grpc.server.max_pending_requests", traffic.pending_calls),
+        ("grpc.server.max_pending_requests_hard_limit", 2 * traffic.pending_calls),
         ("grpc.max_concurrent_streams", traffic.streams_per_connection),
         ("grpc.max_allowed_incoming_connections", traffic.connections),
         ("grpc.max_connection_age_ms", round(traffic.connection_seconds * 1000)),

@@ -51,6 +51,9 @@ class TrafficLimits:
     """Open at the same time; gRPC closes what comes beyond at once."""
     streams_per_connection: int = 1024
     """Calls at the same time on one connection; a client's library keeps the next ones waiting on its side."""
+    pending_calls: int = 4096
+    """That have arrived and that the server's loop hasn't taken up: beyond it gRPC's core begins to drop calls with a bare
+    CANCELLED, beyond twice as many it drops all. Its own default, 1000, is a few seconds of a flood."""
     header_bytes: int = 16 << 10
     """All headers of a call together."""
     connection_seconds: float = 3600.0

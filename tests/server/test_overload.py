@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import grpc
 import pytest
-from lopa.v1 import catalog_pb2
+from lopa.v1 import catalog_pb2, catalog_pb2_grpc
 from lopa_server.app import RunningServer, ServerConfig, start_server
 from lopa_server.engine import admission
 from lopa_server.engine.base import DeadlineTooShort, PairRequest, QueueFull
@@ -93,6 +95,33 @@ def test_the_queue_is_bounded_in_tokens(tiny_fm: Path) -> None:
         assert (refused.reason, refused.limit) == ("QUEUE_FULL", "600") and refused.retry_seconds
         running.cancel()
         waiting.cancel()
+
+
+def test_calls_that_pile_up_while_the_loop_is_busy_are_all_answered(tiny_fm: Path) -> None:
+    """gRPC's own bound on calls that nobody has taken up yet is 1000, and what is beyond it gets a bare CANCELLED."""
+
+    async def flood(address: str) -> Counter[str]:
+        ends: Counter[str] = Counter()
+
+        async def ask(stub: catalog_pb2_grpc.CatalogStub) -> None:
+            try:
+                await stub.GetModel(catalog_pb2.GetModelRequest(), timeout=120)
+                ends["OK"] += 1
+            except grpc.aio.AioRpcError as error:
+                ends[error.code().name] += 1
+
+        async with AsyncExitStack() as stack:
+            own = [("grpc.use_local_subchannel_pool", 1)]
+            channels = [await stack.enter_async_context(grpc.aio.insecure_channel(address, own)) for _ in range(4)]
+            stubs = [catalog_pb2_grpc.CatalogStub(channel) for channel in channels]
+            await asyncio.gather(*(channel.channel_ready() for channel in channels))
+            await asyncio.gather(*(ask(stubs[number % 4]) for number in range(1600)))
+        return ends
+
+    with start_server(ServerConfig(fm=tiny_fm, threads=1, max_calls=2000)) as server:
+        assert server._loop is not None
+        server._loop.call_soon_threadsafe(time.sleep, 4.0)
+        assert asyncio.run(flood(server.address)) == {"OK": 1600}
 
 
 def _channel(server: RunningServer) -> grpc.Channel:
