@@ -14,11 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lopa_server.engine.torch_engine.attention import Score
+from lopa_server.engine.torch_engine.fused import Fusions
 from lopa_server.engine.torch_engine.kv_pool import KvPool
+from lopa_server.engine.torch_engine.loader import load_foundation_model
 from lopa_server.engine.torch_engine.native import build
 from lopa_server.engine.torch_engine.native.kernels import Kernels, PagedRows, Slots, find_kernels
 
 from tests.server.engines import collect, load, run, stream
+from tests.tiny import build_tiny_fm
 
 KERNELS = find_kernels()
 needs_kernels = pytest.mark.skipif(KERNELS is None, reason="no C compiler here, or one without OpenMP")
@@ -189,3 +192,32 @@ def test_a_compiler_that_fails_is_not_available(fresh: Path, monkeypatch: pytest
     with pytest.raises(build.NotAvailable, match="no-such-flag"):
         build.load_library()
     assert not list(fresh.iterdir())
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_norms_are_fused_where_they_compute_the_same(tmp_path: Path, family: str, dtype: str) -> None:
+    fm = load_foundation_model(build_tiny_fm(tmp_path / family, family=family), dtype=dtype, device="cpu")
+    norms = [module for module in fm.model.modules() if type(module).__name__.endswith("RMSNorm")]
+    assert fm.fusions is not None and len(fm.fusions) == len(norms)
+    for norm in norms:
+        rows = torch.randn(1, 7, len(norm.weight)).to(fm.dtype)
+        fused = norm(rows)
+        fm.fusions.off()
+        torch.testing.assert_close(fused, norm(rows))
+        fm.fusions.on()
+
+
+@needs_kernels
+def test_a_norm_that_computes_something_else_keeps_its_own_forward() -> None:
+    class OddRMSNorm(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(16))
+            self.eps = 1e-6
+
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            return rows * (self.weight + 2) / (rows.norm(dim=-1, keepdim=True) + self.eps)
+
+    assert len(Fusions(torch.nn.Sequential(OddRMSNorm()), KERNELS)) == 0

@@ -27,7 +27,7 @@ from lopa_server.engine.pair_queue import PairKind
 from lopa_server.engine.torch_engine.config import PAIR_POSITIONS, STEP_POSITIONS, TorchEngineConfig
 from lopa_server.engine.torch_engine.constraints import Constraint, Grammars
 from lopa_server.engine.torch_engine.live import LiveJob, LiveStream, Mailbox
-from lopa_server.engine.torch_engine.loader import FoundationModel, load_foundation_model
+from lopa_server.engine.torch_engine.loader import FoundationModel, load_foundation_model, text_decoder
 from lopa_server.engine.torch_engine.selfcheck import check_runner, positions_that_fit
 from lopa_server.engine.torch_engine.worker import Abort, Stop, Worker
 
@@ -45,6 +45,7 @@ class TorchEngine:
         self._streams = Admission(AdmissionLimits("generate queue", batch, config.max_waiting, config.max_waiting_tokens), weights)
         self._calls = Admission(AdmissionLimits("pair queue", 0, config.max_waiting_pairs, config.max_waiting_pair_tokens), weights)
         self._job_numbers = itertools.count(1)
+        self._decode_text = text_decoder(fm.tokenizer)
         self._stopped = False
 
     @classmethod
@@ -163,9 +164,6 @@ class TorchEngine:
     def _check_running(self) -> None:
         if self._stopped:
             raise EngineStopped("the engine was stopped")
-
-    def _decode_text(self, ids: Sequence[int]) -> str:
-        return self._fm.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def _set_threads(threads: int | None) -> None:

@@ -13,7 +13,9 @@ from lopa.fingerprint import fingerprint_folder
 
 from lopa_server.config import ConfigError
 from lopa_server.engine.base import EngineSpec, UnsupportedModel
+from lopa_server.engine.text import Decode
 from lopa_server.engine.torch_engine import attention, packed
+from lopa_server.engine.torch_engine.fused import Fusions
 from lopa_server.engine.torch_engine.native.kernels import Kernels, find_kernels
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -37,6 +39,8 @@ class FoundationModel:
     """Ours for this processor; None: torch does everything."""
     passes: list[torch.Tensor] = field(default_factory=list)
     """Wanted places of the passes under way: several while one pauses for another."""
+    fusions: Fusions | None = None
+    """The modules that compute by them."""
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings of (…) token ids: (…, d) in the compute dtype, a fresh tensor."""
@@ -64,12 +68,16 @@ class FoundationModel:
 
     @contextlib.contextmanager
     def as_transformers(self) -> Iterator[Any]:
-        """The model with the attention that transformers chose, for comparison."""
+        """The model as transformers computes it, with the attention that it chose, for comparison."""
         self.model.set_attn_implementation(self.own_attention)
+        if self.fusions is not None:
+            self.fusions.off()
         try:
             yield self.model
         finally:
             self.model.set_attn_implementation(attention.NAME)
+            if self.fusions is not None:
+                self.fusions.on()
 
 
 def resolve_folder(fm: str | Path) -> Path:
@@ -126,7 +134,21 @@ def load_foundation_model(fm: str | Path, *, dtype: str | None = None, device: s
         raise UnsupportedModel(f"{model.config.model_type}: its attention can't be replaced: {error}") from error
     spec = _spec(str(fm), folder, model, tokenizer, name)
     kernels = find_kernels() if native and place.type == "cpu" else None
-    return FoundationModel(model, tokenizer, spec, place, DTYPES[name], _windows(model.config), own_attention, kernels)
+    fused = Fusions(model, kernels)
+    return FoundationModel(model, tokenizer, spec, place, DTYPES[name], _windows(model.config), own_attention, kernels, fusions=fused)
+
+
+def text_decoder(tokenizer: Any) -> Decode:
+    """Text of token ids, special tokens left out.
+
+    For a token at a time transformers' own way in takes several times as long as the tokenizer itself.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if isinstance(tokenizer, PreTrainedTokenizerFast) and type(tokenizer)._decode is PreTrainedTokenizerFast._decode:
+        decode = tokenizer.backend_tokenizer.decode
+        return lambda ids: decode(ids, skip_special_tokens=True)
+    return lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def _place(device: str | None) -> torch.device:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-SOURCES = tuple(Path(__file__).parent / name for name in ("attention.c",))
+SOURCES = tuple(Path(__file__).parent / name for name in ("attention.c", "elementwise.c"))
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC")
 COMPILE_SECONDS = 120
 

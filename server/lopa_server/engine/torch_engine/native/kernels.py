@@ -113,7 +113,9 @@ class Kernels:
         self._decode, self._write = library.lopa_decode, library.lopa_write
         self._decode.argtypes = [ctypes.POINTER(_Decode), ctypes.POINTER(_Pool)]
         self._write.argtypes = [ctypes.POINTER(_Pool), ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 4]
-        self._decode.restype = self._write.restype = None
+        self._rms_norm = library.lopa_rms_norm
+        self._rms_norm.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_int64, ctypes.c_float, ctypes.c_float, ctypes.c_int32]
+        self._decode.restype = self._write.restype = self._rms_norm.restype = None
 
     @staticmethod
     def fit(keys: torch.Tensor, values: torch.Tensor) -> bool:
@@ -171,6 +173,21 @@ class Kernels:
             score.softcap or 0.0,
         )
         self._decode(call, _pool(pool))
+        return out
+
+    def rms_norm(self, rows: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> torch.Tensor:
+        """(…, d) rows over the root of their mean square, times offset + weight, (d,).
+
+        Raises:
+            IndexError: shapes or dtypes don't go together.
+        """
+        if weight.shape != rows.shape[-1:] or rows.dtype not in DTYPES or not weight.is_contiguous():
+            raise IndexError(f"norm of {tuple(rows.shape)} with a weight {tuple(weight.shape)}")
+        _check_same(weight, rows)
+        rows = rows.contiguous()
+        out, width = torch.empty_like(rows), weight.shape[0]
+        count = rows.numel() // width
+        self._rms_norm(out.data_ptr(), rows.data_ptr(), weight.data_ptr(), count, width, epsilon, offset, rows.dtype == torch.bfloat16)
         return out
 
 
