@@ -19,7 +19,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -138,7 +137,6 @@ class _Pair:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.deadline = time.monotonic() + limits.wall_seconds
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> _Pair:
@@ -201,10 +199,11 @@ class _Pair:
         return process
 
     def _read(self, pipe: int) -> Any:
-        """One message before the deadline; None at the end."""
+        """One message before the time is over, counted from now; None at the end."""
         with selectors.DefaultSelector() as selector:
             selector.register(pipe, selectors.EVENT_READ)
-            if not selector.select(max(0.0, self.deadline - time.monotonic())):
+            # Once more at the end: this process may have been stopped meanwhile, and the other one finished.
+            if not selector.select(self.limits.wall_seconds) and not selector.select(0):
                 raise TimeoutError
         # Whoever wrote its first byte is about to write the rest: no untrusted code has this pipe while a verdict is awaited.
         try:
