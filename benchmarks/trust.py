@@ -99,6 +99,8 @@ def overloaded(folder: Path, size: Size) -> Figures:
         "peak_p99_ttft_ms": 1000 * peak.p99(),
         "overload_goodput": patient.rate / peak.rate,
         "overload_goodput_impatient": impatient.rate / peak.rate,
+        "overload_goodput_per_server_cpu": phases["patient"].tokens_per_cpu_second / phases["peak"].tokens_per_cpu_second,
+        "overload_goodput_impatient_per_server_cpu": phases["impatient"].tokens_per_cpu_second / phases["peak"].tokens_per_cpu_second,
         "overload_refusals": sum(patient.refusals.values()),
         "overload_refusals_impatient": sum(impatient.refusals.values()),
         "overload_unhelpful_refusals": patient.unhelpful + impatient.unhelpful,

@@ -22,6 +22,11 @@ class Measured:
     """Seconds of CPU that the server took a second."""
 
     @property
+    def tokens_per_cpu_second(self) -> float:
+        """What the server made of the CPU that it got: less at the mercy of others on the machine than tokens a second."""
+        return self.clients.rate / self.server_cpu
+
+    @property
     def generator_share(self) -> float:
         """Part of the CPU time that was used which the clients used."""
         mine = self.clients.cpu_seconds / self.clients.seconds
