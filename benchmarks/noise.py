@@ -40,7 +40,7 @@ def connected(arm: Arm, cache: Path) -> Iterator[lopa.Client]:
     """A client and a server of its own."""
     gradient, soft = (arm.noise if arm.where == place else None for place in ("gradient", "soft prompt"))
     server = ServerConfig(fm=nano_folder(), bundle=nano_bundle_folder(), gradient_noise=gradient, step_positions=4096)
-    config = lopa.ClientConfig(cache=cache, soft_prompt_noise=soft)
+    config = lopa.ClientConfig(cache=cache, soft_prompt_noise=soft, timeout=3600)
     with start_server(server) as running, lopa.connect(running.address, config=config) as client:
         yield client
 

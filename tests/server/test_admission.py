@@ -197,11 +197,11 @@ def test_idle_time_does_not_count_as_slowness() -> None:
     assert wait is not None and wait < 30
 
 
-@pytest.mark.parametrize("suspended", [True, False])
-def test_an_engine_that_was_slow_gets_another_chance(suspended: bool) -> None:
-    """Its machine was suspended, or crowded, and whatever has a deadline is refused: that must not go on when nothing else is done."""
+@pytest.mark.parametrize("stopped", [True, False])
+def test_an_engine_that_was_slow_gets_another_chance(stopped: bool) -> None:
+    """Its process was stopped, or crowded out, and whatever has a deadline is refused: that must not go on when nothing else is done."""
     admission, now = _running(places=1, rate=10.0, tokens=10_000), 20.0
-    if suspended:
+    if stopped:
         now += 10 * STALE
     else:
         for _ in range(50):
@@ -218,4 +218,4 @@ def test_an_engine_that_was_slow_gets_another_chance(suspended: bool) -> None:
             refused += 1
         else:
             break
-    assert refused <= (0 if suspended else STALE + 1)
+    assert refused <= (0 if stopped else STALE + 1)

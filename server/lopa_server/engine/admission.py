@@ -18,7 +18,7 @@ HALF_LIFE = 10.0
 LEAST_MEASURED = 5.0
 """Busy seconds that must have been seen before anything is estimated."""
 STALE = 60.0
-"""Seconds without anything to do, or without any news at all (a machine that was suspended), after which nothing counts as measured. A
+"""Seconds without anything to do, or without any news at all (a process that was stopped), after which nothing counts as measured. A
 pessimistic estimate would refuse everything, and so never be corrected."""
 READING = 0.05
 """Work of reading a token, where writing one is 1. Taken low, so that estimates err towards admitting."""
