@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.quality.cell import Cell
-from benchmarks.quality.grid import SIZES
+from benchmarks.quality.grid import FEW, SIZES
 from benchmarks.quality.methods import COMPARED, MAIN
 from benchmarks.quality.store import Row, Store
-from benchmarks.quality.tasks import TASKS
+from benchmarks.quality.tasks import TASKS, USERS
 
 RESAMPLES = 10_000
-FEW = 20
+FEW_USERS = 6
 FEW_METHODS = ("prompt_tuning", "default", "lora_r8")
 
 
@@ -76,14 +76,27 @@ class Results:
 
 
 def by_size(results: Results) -> dict[int | None, dict[str, list[Cell]]]:
-    """Filing: size -> method -> cells, of the users that were measured with every size and each of `FEW_METHODS`; empty without any."""
-    cells = {(method, size): results.select(method, ("filing",), size) for method in FEW_METHODS for size in (*SIZES, None)}
-    users = set.intersection(*({cell.user for cell in found} for found in cells.values()))
-    if not users:
-        return {}
-    return {
-        size: {method: [cell for cell in cells[method, size] if cell.user in users and cell.seed == 0] for method in FEW_METHODS}
+    """Filing: size -> method -> cells; None is all items.
+
+    Sizes that at least `FEW_USERS` were measured with under the default, the users who have all of these, and the methods that have all of
+    those users. Empty if there is but one size.
+    """
+    found = {
+        (size, method): {cell.user: cell for cell in results.select(method, ("filing",), size) if cell.seed == 0}
         for size in (*SIZES, None)
+        for method in FEW_METHODS
+    }
+    sizes = [size for size in (*SIZES, None) if len(found[size, "default"]) >= FEW_USERS]
+    if len(sizes) < 2:
+        return {}
+    users = set.intersection(*(set(found[size, "default"]) for size in sizes))
+    return {
+        size: {
+            method: [found[size, method][user] for user in USERS if user in users]
+            for method in FEW_METHODS
+            if users <= set(found[size, method])
+        }
+        for size in sizes
     }
 
 
@@ -125,9 +138,10 @@ def figures(results: Results) -> dict[str, float]:
     if "filing" in finished:
         for method, cells in results.common(("filing",)).items():
             _put(values, f"{method}_filing_accuracy", estimate(by_user(cells, lambda cell: results.rows[cell]["accuracy"])))
-    few = by_user(results.select("default", ("filing",), FEW), results.gain)
+    few = by_size(results).get(FEW)
     if few:
-        values |= {f"users_improved_{FEW}_examples": sum(gain > 0 for gain in few.values()), f"users_{FEW}_examples": len(few)}
+        gains = by_user(few["default"], results.gain)
+        values |= {f"users_improved_{FEW}_examples": sum(gain > 0 for gain in gains.values()), f"users_{FEW}_examples": len(gains)}
     for method in ("default", "lora_r8"):
         row = next((results.rows[cell] for cell in results.select(method)), None)
         if row:

@@ -61,7 +61,7 @@ def gain_by_examples(results: Results) -> Any:
         return None
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for method in FEW_METHODS:
-        groups = [methods[method] for methods in sizes.values()]
+        groups = [methods[method] for methods in sizes.values() if method in methods]
         places = [
             np.mean([results.rows[cell]["train_items"] + results.rows[cell]["validation_items"] for cell in cells]) for cells in groups
         ]
