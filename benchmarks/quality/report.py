@@ -26,6 +26,7 @@ def write(results: Results, rates: Rates, path: Path, pictures: Sequence[Path]) 
         "sweeps": sweep_table(results),
         "rates": rate_table(rates),
         "pictures": "\n\n".join(f"![{picture.stem}]({picture.name})" for picture in pictures),
+        "missing": ", ".join(task for task in TASKS if not results.common((task,))) or "nothing",
         "developers": ", ".join(DEVELOPERS),
         "users": len({cell.user for cell in results.rows}),
         "batch": BATCH,
