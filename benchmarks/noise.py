@@ -86,7 +86,7 @@ def main() -> None:
             row |= {"relative": noise * math.sqrt(values), "steps": options.steps, **measure(arm, folder, data, options.steps)}
             rows.append(row)
             print(row, flush=True)
-            figures = {f"{row['where']} {row['noise']:g} accuracy".replace(" ", "_"): row["accuracy"] for row in rows}
+            figures = {f"{row['where']} {row['noise']:g} nll".replace(" ", "_"): row["nll"] for row in rows}
             write(options.json, figures, rows)
 
 
