@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import lopa
 import pytest
-from lopa.cli import EXTRAS, main
+import typer
+from lopa.cli import EXTRAS, GROUP, main, summary
 
 from tests.sdk.conftest import EXAMPLES
 
@@ -184,3 +187,10 @@ def test_a_missing_part_says_what_to_install() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr and "pip install" in result.stderr and f"lopa[{EXTRAS['serve']}]" in result.stderr
+
+
+@pytest.mark.parametrize("entry", entry_points(group=GROUP), ids=lambda entry: entry.name)
+def test_the_list_of_commands_says_of_each_what_its_own_help_says(entry) -> None:
+    command = entry.load()
+    own = command.info.help if isinstance(command, typer.Typer) else inspect.getdoc(command)
+    assert summary(entry) == own.partition("\n\n")[0]

@@ -13,11 +13,9 @@ from typer.core import TyperGroup
 
 from lopa_exporters.cli.build import build, parse_corrections
 from lopa_exporters.cli.check import inspect, keygen, mobile, sign, verify
-from lopa_exporters.cli.evaluate import evaluate
 from lopa_exporters.cli.output import TerminalReporter
-from lopa_exporters.cli.train import train_encoder
 
-__all__ = ["TerminalReporter", "evaluate", "export", "parse_corrections", "train_encoder"]
+__all__ = ["TerminalReporter", "export", "parse_corrections"]
 
 
 class _BuildByDefault(TyperGroup):

@@ -30,6 +30,7 @@ EXTRAS = {
     "top": "server",
     "export": "export",
     "train-encoder": "export",
+    "eval": "eval",
     "demo": "demo",
 }
 """What to install for commands whose parts are not in the plain package."""

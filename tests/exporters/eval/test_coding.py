@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lopa_exporters.cli import evaluate
+from lopa_exporters.cli.evaluate import evaluate
 from lopa_exporters.eval import cruxeval, mbpp
 from lopa_exporters.eval.coding import TASKS, Reader, evaluate_code, score_references
 from lopa_exporters.eval.generation import Writing, continue_prompts
