@@ -12,6 +12,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from lopa_server.engine.base import (
@@ -40,6 +41,16 @@ Report = Callable[[bool], Awaitable[None]]
 """Told False when the engine stops answering, True when it answers again."""
 
 
+async def _apart(load: Callable[[], TorchEngine]) -> TorchEngine:
+    """Load in a thread that ends with it.
+
+    A thread of a pool would live on with the OpenMP threads that torch gave it. With those of the engine's own thread there would be more
+    than cores, and OpenMP's threads would then sleep, and have to be woken, between any two operations of every step.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="lopa-load") as executor:
+        return await asyncio.get_running_loop().run_in_executor(executor, load)
+
+
 class SupervisedEngine:
     """The `Engine` protocol over an engine that may be replaced. Used on one asyncio loop."""
 
@@ -66,7 +77,7 @@ class SupervisedEngine:
 
     async def start(self, report: Report) -> None:
         """Load and start, then watch. Raises what `load` and `ready` raise."""
-        self._engine = await asyncio.to_thread(self._load)
+        self._engine = await _apart(self._load)
         self._engine.start()
         self._spec = self._engine.spec
         self._begin(self._watch_thread(self._engine))
@@ -188,7 +199,7 @@ class SupervisedEngine:
                 self.gave_up.set()
                 return None
             try:
-                engine = await asyncio.to_thread(self._load)
+                engine = await _apart(self._load)
                 engine.start()
                 await self._ready(engine)
             except Exception:

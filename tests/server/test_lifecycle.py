@@ -256,3 +256,9 @@ def test_an_architecture_that_batches_wrongly_is_refused(tmp_path: Path, monkeyp
     monkeypatch.setattr(LlamaModel, "forward", deaf)
     with pytest.raises(UnsupportedModel, match="logits differ"):
         start_server(ServerConfig(fm=fm))
+
+
+def test_the_thread_that_loaded_the_model_is_gone(tiny_fm: Path) -> None:
+    """Its OpenMP threads would slow every step of the engine's own thread down."""
+    with start_server(ServerConfig(fm=tiny_fm, threads=1)):
+        assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("lopa-load")]
