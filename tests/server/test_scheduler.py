@@ -248,8 +248,12 @@ def test_interactive_work_gets_its_share_of_the_time_and_no_more() -> None:
 def test_pairs_have_all_the_time_when_nobody_else_wants_it() -> None:
     scheduler = Scheduler(SchedulerLimits(pair_positions=10))
     scheduler.add_pairs("job", GRADIENTS, _costs(10, 10))
+    done: set[tuple[str, int]] = set()
     for _ in range(2):
-        scheduler.record(_pair_step(scheduler), 1.0)
+        step = _pair_step(scheduler)
+        done |= _named(step)
+        scheduler.record(step, 1.0)
+    assert done == {("job", 0), ("job", 1)}
 
 
 def test_removed_work_is_never_named_again() -> None:

@@ -5,6 +5,7 @@ Legend: b pairs.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -58,7 +59,7 @@ class Learner(Protocol):
         ...
 
 
-class TorchLearner:
+class TorchLearner(ABC):
     """A method whose parameters are torch tensors; `losses` is the subclass's."""
 
     footprint: Footprint
@@ -67,8 +68,8 @@ class TorchLearner:
         self.parameters = dict(parameters)
         self.optimizer = torch.optim.AdamW(self.parameters.values(), weight_decay=0.0)
 
-    def losses(self, rows: Sequence[int], pairs: Sequence[TokenPair]) -> PairLosses:
-        raise NotImplementedError
+    @abstractmethod
+    def losses(self, rows: Sequence[int], pairs: Sequence[TokenPair]) -> PairLosses: ...
 
     def step(self, rows: Sequence[int], pairs: Sequence[TokenPair], rate: float, number: int) -> None:
         del number
