@@ -73,7 +73,8 @@ class TuneConfig:
     validate_every: int = 10
     """Steps between measurements; the last step is always measured."""
     dtype: Dtype = "I8"
-    """Of soft prompts on the wire. I8 was measured to cost nothing (docs/device.md); F32 sends them as they are."""
+    """Of soft prompts on the wire. I8 was measured to cost nothing on completion; on filing that is not settled (docs/device.md).
+    F32 sends them as they are."""
     gradient_dtype: Dtype = "I8"
     """Of gradients on the wire."""
     placement: Placement | None = None
