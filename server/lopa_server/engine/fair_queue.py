@@ -124,6 +124,7 @@ class FairQueue:
         return self._level() if known is None else known.counter
 
     def rank(self, tenant: str) -> tuple[float, int]:
+        """Its counter, then its last charge: who has had less goes first, then who was served longer ago."""
         known = self._tenants.get(tenant)
         return self.counter(tenant), known.charged if known is not None else 0
 

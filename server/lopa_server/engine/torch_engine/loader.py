@@ -37,10 +37,10 @@ class FoundationModel:
     """The attention that transformers chose; ours has taken its place."""
     kernels: Kernels | None = None
     """Ours for this processor; None: torch does everything."""
-    passes: list[torch.Tensor] = field(default_factory=list)
-    """Wanted places of the passes under way: several while one pauses for another."""
     fusions: Fusions | None = None
     """The modules that compute by them."""
+    passes: list[torch.Tensor] = field(default_factory=list)
+    """Wanted places of the passes under way: several while one pauses for another."""
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings of (…) token ids: (…, d) in the compute dtype, a fresh tensor."""
