@@ -159,7 +159,8 @@ def test_server_killed_and_restarted_in_the_middle(
         finally:
             if restarted:
                 second.__exit__(None, None, None)
-    assert len(restarted) == 1 and restarted[0].step == 4 and restarted[0].waiting
+    assert len(restarted) == 1 and restarted[0].waiting
+    assert restarted[0].step in (4, 5)  # the fifth step's gradients may have come before the server went
     assert same_run(report, unbroken[1]) and report.resumed_from == 0
     assert persona.factors_path.read_bytes() == unbroken[0]
 
@@ -179,8 +180,9 @@ def test_server_gone_for_good(
 
         with pytest.raises(lopa.Unavailable):
             other.personal(tmp_path / "me").tune(EXAMPLES, on_step=watch, **{**SETTINGS, "patience": 0.5})
-    assert steps_on_disk(tmp_path / "me") == 3
+    done = steps_on_disk(tmp_path / "me")
+    assert done in (3, 4)  # the fourth step's gradients may have come before the server went
     persona = client.personal(tmp_path / "me")
     report = persona.tune(EXAMPLES, **SETTINGS)
-    assert report.resumed_from == 3 and same_run(report, unbroken[1])
+    assert report.resumed_from == done and same_run(report, unbroken[1])
     assert persona.factors_path.read_bytes() == unbroken[0]
