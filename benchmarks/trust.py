@@ -21,7 +21,7 @@ from typing import Any
 
 from report import write
 from trustbench.chaos import chaos
-from trustbench.fuzz import Fuzzer
+from trustbench.fuzz import Fuzzer, stopped_now_and_then
 from trustbench.load import light_tenant, overload, soak
 from trustbench.server import running
 from trustbench.strangers import open_to_strangers
@@ -37,10 +37,11 @@ class Size:
     """How much of everything."""
 
     fuzz: int = 50_000
+    fuzz_stops: int = 5
     overload_seconds: float = 300.0
     light_streams: int = 300
     tunes: int = 16
-    tune_steps: int = 200
+    tune_steps: int = 400
     kills: int = 200
     soak_seconds: float = 1200.0
     timing_trials: int = 1000
@@ -51,7 +52,9 @@ class Size:
         return Size(**{**values, "tunes": self.tunes})
 
 
-QUICK = Size(fuzz=1_500, overload_seconds=10.0, light_streams=60, tunes=4, tune_steps=12, kills=4, soak_seconds=40.0, timing_trials=150)
+QUICK = Size(
+    fuzz=1_500, fuzz_stops=1, overload_seconds=10.0, light_streams=60, tunes=4, tune_steps=12, kills=4, soak_seconds=40.0, timing_trials=150
+)
 
 
 def strangers(folder: Path, size: Size) -> Figures:
@@ -67,7 +70,8 @@ def fuzz(folder: Path, size: Size) -> Figures:
         fuzzer.run(size.fuzz // 5)
         server.wait_idle()
         before = server.resident_bytes()
-        report = fuzzer.run(size.fuzz - size.fuzz // 5)
+        with stopped_now_and_then(server, size.fuzz_stops) as stops:
+            report = fuzzer.run(size.fuzz - size.fuzz // 5)
         idle, alive = server.wait_idle(), server.process.poll() is None
         growth, leaked = server.resident_bytes() / before - 1, server.metric("lopa_kv_blocks_used")
     for outcome, count in report.outcomes.most_common():
@@ -79,6 +83,7 @@ def fuzz(folder: Path, size: Size) -> Figures:
         "fuzz_crashes": int(not alive),
         "fuzz_hangs": report.hangs + (not idle),
         "fuzz_untyped_errors": len(report.untyped),
+        "fuzz_stops": len(stops),
         "fuzz_corpus": report.corpus,
         "fuzz_rss_growth": growth,
         "fuzz_leaked_blocks": leaked,

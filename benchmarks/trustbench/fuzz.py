@@ -9,9 +9,12 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+import signal
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,9 @@ from trustbench.server import Server
 DEADLINE = 300.0
 """Seconds. Far more than any answer needs, so that a call that reaches it hangs."""
 WORKERS = 8
+STOP_SECONDS = 33.0
+"""gRPC's core drops what its server hasn't taken up for 30 s, unless told otherwise; a connection outlives a stop of a minute."""
+BETWEEN_STOPS = 10.0
 NUMBERS = (0, 1, 2, 3, 255, 256, 65535, 1 << 20, (1 << 31) - 1, (1 << 32) - 1)
 FLOATS = (0.0, -0.0, 1.0, -1.0, 1e-45, 1e38, float("inf"), float("-inf"), float("nan"))
 TEXTS = ("", "\x00", "a" * 10_000, "\U0001f600" * 50, "\ufffd", "{", "../../etc/passwd", "<|endoftext|>", "%s%n")
@@ -136,6 +142,27 @@ def _value(chosen: FieldDescriptor, rng: random.Random, old: Any) -> Any:
 def _paused(error: grpc.RpcError) -> bool:
     """The connection ended since this process and the server were stopped together (SIGSTOP) for more than a minute."""
     return error.code() is grpc.StatusCode.UNAVAILABLE and "ping_timeout" in (error.details() or "")
+
+
+@contextmanager
+def stopped_now_and_then(server: Server, times: int) -> Iterator[list[float]]:
+    """Inside: the server's process is stopped so often and goes on after a while, as when a container is frozen. Gives their seconds."""
+    over, made = threading.Event(), list[float]()
+
+    def run() -> None:
+        while len(made) < times and not over.wait(BETWEEN_STOPS):
+            server.process.send_signal(signal.SIGSTOP)
+            if not over.wait(STOP_SECONDS):
+                made.append(STOP_SECONDS)
+            server.process.send_signal(signal.SIGCONT)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield made
+    finally:
+        over.set()
+        thread.join()
 
 
 class Fuzzer:

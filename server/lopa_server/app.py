@@ -336,6 +336,7 @@ def _channel_options(max_message_bytes: int, traffic: TrafficLimits) -> list[tup
         ("grpc.absolute_max_metadata_size", traffic.header_bytes),
         ("grpc.server.max_pending_requests", traffic.pending_calls),
         ("grpc.server.max_pending_requests_hard_limit", 2 * traffic.pending_calls),
+        ("grpc.server_max_unrequested_time_in_server", traffic.pending_seconds),
         ("grpc.max_concurrent_streams", traffic.streams_per_connection),
         ("grpc.max_allowed_incoming_connections", traffic.connections),
         ("grpc.max_connection_age_ms", round(traffic.connection_seconds * 1000)),

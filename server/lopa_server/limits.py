@@ -54,6 +54,9 @@ class TrafficLimits:
     pending_calls: int = 4096
     """That have arrived and that the server's loop hasn't taken up: beyond it gRPC's core begins to drop calls with a bare
     CANCELLED, beyond twice as many it drops all. Its own default, 1000, is a few seconds of a flood."""
+    pending_seconds: int = 3600
+    """That one of them waits, before the core drops it likewise. Its own default, 30, is over when a process that was stopped, or
+    whose machine was frozen, goes on."""
     header_bytes: int = 16 << 10
     """All headers of a call together."""
     connection_seconds: float = 3600.0
