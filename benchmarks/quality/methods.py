@@ -11,6 +11,7 @@ from lopa_exporters.frozen import FrozenModel
 from lopa_exporters.lopa import LoPAConfig
 
 from benchmarks.quality.learners import prompts, shared
+from benchmarks.quality.learners.dept import DecomposedLearner
 from benchmarks.quality.learners.device import DeviceLearner
 from benchmarks.quality.learners.learner import Learner, PlainLearner
 from benchmarks.quality.learners.prefix import PrefixLearner
@@ -67,6 +68,7 @@ METHODS: dict[str, Method] = {
     "prompt_tuning_random": Method("prompt tuning, random start", _prompt("RANDOM"), rate=0.1),
     "prefix_tuning": Method("prefix tuning", lambda bench, _material, seed: PrefixLearner(bench.fm, seed, ROWS), rate=0.03),
     "idpg": Method("IDPG", lambda bench, material, seed: prompts.idpg(bench.fm, material, seed, rows=ROWS), rate=0.003),
+    "dept": Method("DePT", lambda bench, material, seed: DecomposedLearner(bench.fm, material, seed, rows=ROWS), rate=0.1),
     **{
         f"lora_r{rank}": Method(f"LoRA r = {rank}", lambda bench, _, seed, rank=rank: lora(bench.fm, seed, rank), like="lora_r8")
         for rank in (1, 16)

@@ -22,6 +22,7 @@ from benchmarks.quality.cell import Cell, tune
 from benchmarks.quality.figures import Results, by_user, estimate, ratio
 from benchmarks.quality.functions import build_function_task, functions
 from benchmarks.quality.grid import load_rates, stages
+from benchmarks.quality.learners.dept import RANK, SLOWER, DecomposedLearner
 from benchmarks.quality.learners.device import DeviceLearner
 from benchmarks.quality.learners.learner import PlainLearner
 from benchmarks.quality.learners.prefix import PrefixLearner
@@ -104,6 +105,26 @@ def test_learnt_prefix_stands_before_the_last_token_read(bench: Bench, material:
     plain = PlainLearner(bench.fm).losses(rows, material.of(rows)).nll
     assert not torch.allclose(near, plain, rtol=1e-3)
     assert torch.allclose(near, plain, rtol=0.5)
+
+
+def test_dept_changes_the_embeddings_of_what_is_read(bench: Bench, material: Material) -> None:
+    """Against transformers' own forward pass over embeddings put together here; the target's are the model's own."""
+    learner, rows = DecomposedLearner(bench.fm, material, 0, rows=10), material.training[:4]
+    spread = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        learner.parameters["B"].copy_(torch.randn(learner.parameters["B"].shape, generator=spread) / SLOWER)
+        ours = learner.losses(rows, material.of(rows))
+        table = bench.fm.model.get_input_embeddings()
+        for place, pair in enumerate(material.of(rows)):
+            read = [*pair.prefix, *pair.prompt]
+            change = SLOWER**2 * learner.parameters["A"][: len(read)] @ learner.parameters["B"]
+            text = table(torch.tensor(read)) + change
+            embeds = torch.cat((learner.parameters["prompt"], text, table(torch.tensor(pair.target))))
+            logits = bench.fm.model(inputs_embeds=embeds[None]).logits[0, -len(pair.target) - 1 : -1]
+            theirs = torch.nn.functional.cross_entropy(logits, torch.tensor(pair.target), reduction="sum")
+            assert ours.nll[place].item() == pytest.approx(theirs.item(), rel=1e-4)
+    assert 10 * bench.fm.hidden - bench.fm.hidden < learner.footprint.numbers <= 10 * bench.fm.hidden
+    assert learner.parameters["A"].shape[1] == RANK
 
 
 def test_reading_ahead_changes_nothing(bench: Bench, material: Material) -> None:
