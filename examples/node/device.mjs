@@ -46,8 +46,9 @@ async function tune(server, encoder, { examples, steps, learning_rate, weight_de
   const losses = [];
   for (let step = 1; step <= steps; step++) {
     const personal = Object.fromEntries(Object.keys(encoder.start).map((name) => [name, state[name]]));
-    const { loss, gradient } = await server.gradients(examples, await encoder.compose(instance, personal));
-    state = await encoder.update(instance, state, gradient, { learning_rate, weight_decay, clip, step });
+    const soft = await encoder.compose(instance, personal);
+    const { loss, gradient } = await server.gradients(examples, soft);
+    state = await encoder.update(instance, state, soft.carried, gradient, { learning_rate, weight_decay, clip, step });
     losses.push(loss);
   }
   return { state, losses };

@@ -43,10 +43,10 @@ export class PromptEncoder {
     );
   }
 
-  // Soft prompts (b, m, d).
+  // Soft prompts (b, m, d), with what update takes over from here.
   async compose(instance, personal) {
-    const { soft_prompt: soft } = await this.composeGraph.run(feeds({ ...instance, ...personal }));
-    return { shape: [...soft.dims], data: soft.data };
+    const { soft_prompt: soft, ...carried } = await this.composeGraph.run(feeds({ ...instance, ...personal }));
+    return { ...plain(soft), carried: Object.fromEntries(Object.entries(carried).map(([name, value]) => [name, plain(value)])) };
   }
 
   // The optimizer's state before the first step.
@@ -56,12 +56,15 @@ export class PromptEncoder {
   }
 
   // One optimizer step: back through compose, clip, AdamW. state: personal tensors and moments; the new ones come back.
-  async update(instance, state, gradient, scalars) {
+  // carried: of compose for the same instance and personal tensors.
+  async update(instance, state, carried, gradient, scalars) {
     const numbers = Object.fromEntries(Object.entries(scalars).map(([name, value]) => [name, { shape: [], data: Float32Array.of(value) }]));
-    const outputs = await this.updateGraph.run(feeds({ ...instance, ...state, ...numbers, gradient }));
+    const outputs = await this.updateGraph.run(feeds({ ...instance, ...state, ...carried, ...numbers, gradient }));
     return Object.fromEntries(Object.entries(state).map(([name, { shape }]) => [name, { shape, data: outputs[`new.${name}`].data }]));
   }
 }
+
+const plain = ({ dims, data }) => ({ shape: [...dims], data });
 
 const feeds = (tensors) =>
   Object.fromEntries(Object.entries(tensors).map(([name, { shape, data }]) => [name, new ort.Tensor("float32", data, shape)]));

@@ -113,6 +113,7 @@ def _manifest(folder: Path, fm: FMSpec, encoder: Encoder | NoEncoder, lopa: LoPA
         personal=tuple(TensorSpec(name, tuple(tensor.shape), dtype) for name, tensor in lopa.start.items()),
         files={name: digest_file(folder / name) for name in FILES},
         tuning=tuning,
+        carried=tuple(TensorSpec(name, shape) for name, shape in graphs.carried(config).items()),
     )
 
 

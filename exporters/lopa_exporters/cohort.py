@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lopa_exporters.graphs import MOMENTS, AdamFactors, adam_factors, adamw
+from lopa_exporters.adamw import AdamFactors, adam_factors, adamw
+from lopa_exporters.graphs import MOMENTS
 from lopa_exporters.lopa import LoPAConfig, Tensors, soft_prompt
 
 

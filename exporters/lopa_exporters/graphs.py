@@ -1,7 +1,8 @@
 """The three graphs of a bundle, traced from the torch code; `lopa.bundle` states their contract.
 
 update.onnx is the vector-Jacobian product of compose and one AdamW step as one ordinary inference graph: torch.func.vjp is
-flattened to plain operators by make_fx first, since torch.onnx.export cannot see through it.
+flattened to plain operators by make_fx first, since torch.onnx.export cannot see through it. compose.onnx hands V on to it: computing
+V again would be a third of its work at a large model's width.
 
 Legend: b batch, t tokens, m rows, d hidden size, h encoder width.
 """
@@ -11,16 +12,16 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lopa_exporters.lopa import LoPA, Tensors, soft_prompt
+from lopa_exporters.adamw import adam_factors, adamw, groups, joined, parted
+from lopa_exporters.lopa import LoPA, LoPAConfig, Tensors, instance_factor, of_head, soft_prompt
 from lopa_exporters.structure import ExportError
 
 OPSET = 18
@@ -28,19 +29,21 @@ OPSET = 18
 INSTANCE = "x"
 """The instance tensor: the encoder's features (b, h). The heads are applied in compose, since a user's corrections act inside them."""
 SCALARS = ("learning_rate", "weight_decay", "clip", "step")
-BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
-"""torch.optim.AdamW's defaults."""
-EXACT_SCALE = 2.0**14
 MOMENTS = ("exp_avg", "exp_avg_sq")
-SMALL = 1 << 16
-"""Numbers of a tensor for which calling an operator costs more than copying."""
+CARRIED_V = "carried.v"
 Flat = Callable[..., tuple[Tensor, ...]]
+
+
+def carried(config: LoPAConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes, without the batch axis, of what compose.onnx hands on to update.onnx: V."""
+    return {CARRIED_V: (config.hidden, config.rank)} if config.has_instance_part else {}
 
 
 def update_input_names(lopa: LoPA) -> list[str]:
     """Inputs of update.onnx in order."""
     names = list(lopa.start)
-    return [INSTANCE, *names, *(f"{moment}.{name}" for moment in MOMENTS for name in names), "gradient", *SCALARS]
+    moments = [f"{moment}.{name}" for moment in MOMENTS for name in names]
+    return [INSTANCE, *names, *moments, *carried(lopa.config), "gradient", *SCALARS]
 
 
 def update_output_names(lopa: LoPA) -> list[str]:
@@ -50,11 +53,14 @@ def update_output_names(lopa: LoPA) -> list[str]:
 
 
 def compose_function(lopa: LoPA) -> Flat:
-    """(x, *personal, *shared) -> (soft_prompt,)."""
+    """(x, *personal, *shared) -> (soft_prompt, *carried)."""
 
     def flat(*inputs: Tensor) -> tuple[Tensor, ...]:
         values = dict(zip([INSTANCE, *lopa.start, *lopa.shared], inputs, strict=True))
-        return (soft_prompt(lopa.config, {}, values, values[INSTANCE]),)
+        if not carried(lopa.config):
+            return (soft_prompt(lopa.config, {}, values, values[INSTANCE]),)
+        v = instance_factor(lopa.config, values, "v", values[INSTANCE])
+        return soft_prompt(lopa.config, {}, values, values[INSTANCE], v=v), v
 
     return flat
 
@@ -67,77 +73,35 @@ def update_function(lopa: LoPA) -> Flat:
         values = dict(zip([*update_input_names(lopa), *lopa.shared], inputs, strict=True))
         shared = {name: values[name] for name in lopa.shared}
         personal = {name: values[name] for name in names}
-        _, vjp, *_ = torch.func.vjp(lambda tensors: soft_prompt(lopa.config, shared, tensors, values[INSTANCE]), personal)
-        (gradients,) = vjp(values["gradient"])
-        squares = [_joined(gradients, group).square().sum() for group in _groups(personal)]
+        gradients = _personal_gradients(lopa.config, shared, personal, values)
+        squares = [joined(gradients, group).square().sum() for group in groups(personal)]
         norm = torch.stack(squares).sum().sqrt()
         scale = (values["clip"] / (norm + 1e-6)).clamp(max=1.0)
         factors = adam_factors(values["learning_rate"], values["weight_decay"], values["step"])
         stepped: dict[str, tuple[Tensor, ...]] = {}
-        for group in _groups(personal):
-            first, second = (_joined({name: values[f"{moment}.{name}"] for name in group}, group) for moment in MOMENTS)
-            new = adamw(_joined(personal, group), scale * _joined(gradients, group), first, second, factors)
-            stepped |= dict(zip(group, zip(*(_parted(part, personal, group) for part in new), strict=True), strict=True))
+        for group in groups(personal):
+            first, second = (joined({name: values[f"{moment}.{name}"] for name in group}, group) for moment in MOMENTS)
+            new = adamw(joined(personal, group), scale * joined(gradients, group), first, second, factors)
+            stepped |= dict(zip(group, zip(*(parted(part, personal, group) for part in new), strict=True), strict=True))
         return (*(stepped[name][i] for i in range(3) for name in names), norm)
 
     return flat
 
 
-# AdamW is elementwise, and its cost is that of calling operators: small tensors go through them together, as one. In one axis, because
-# ONNX Runtime takes thirty times as long for a scalar and a tensor whose last axis has size 1.
-
-
-def _groups(tensors: Tensors) -> list[list[str]]:
-    """Names of the small tensors, all together, and of each other one."""
-    small = [name for name, tensor in tensors.items() if tensor.numel() <= SMALL]
-    return [*([small] if small else []), *([name] for name in tensors if name not in small)]
-
-
-def _joined(tensors: Tensors, group: Sequence[str]) -> Tensor:
-    """These tensors' numbers in one axis."""
-    flat = [tensors[name].flatten() for name in group]
-    return flat[0] if len(flat) == 1 else torch.cat(flat)
-
-
-def _parted(joined: Tensor, like: Tensors, group: Sequence[str]) -> list[Tensor]:
-    """The inverse of `_joined`."""
-    parts = joined.split([like[name].numel() for name in group])
-    return [part.reshape(like[name].shape) for part, name in zip(parts, group, strict=True)]
-
-
-class AdamFactors(NamedTuple):
-    """What a step of AdamW needs besides tensors and gradients: scalars, or tensors that broadcast against them."""
-
-    stride: Tensor
-    """Learning rate over the first moment's bias correction, times EXACT_SCALE."""
-    keep: Tensor
-    """What decoupled weight decay leaves of a parameter."""
-    correction: Tensor
-    """The second moment's bias correction."""
-
-
-def adam_factors(learning_rate: Tensor, weight_decay: Tensor, step: Tensor) -> AdamFactors:
-    """For a step counted from 1."""
-    stride = EXACT_SCALE * learning_rate / bias_correction(BETA1, step)
-    return AdamFactors(stride, 1 - learning_rate * weight_decay, bias_correction(BETA2, step))
-
-
-def adamw(parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, factors: AdamFactors) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of AdamW (Loshchilov and Hutter 2019; torch.optim.AdamW): new parameter, new exp_avg, new exp_avg_sq."""
-    first = BETA1 * first + (1 - BETA1) * gradient
-    second = BETA2 * second + (1 - BETA2) * gradient * gradient
-    # The graph optimizer takes `+ 1e-8` for an addition of zero and drops it; so both sides of the fraction are scaled by a power of two.
-    denominator = EXACT_SCALE * (second / factors.correction).sqrt() + EXACT_SCALE * EPSILON
-    return factors.keep * parameter - factors.stride * first / denominator, first, second
-
-
-def bias_correction(beta: float, step: Tensor) -> Tensor:
-    """1 - beta^step in float32 without cancellation: with a = -step ln(beta), 1 - e^-a = 2 tanh(a/2) / (1 + tanh(a/2)).
-
-    Taken literally, 1 - 0.999^1 has only four right digits in float32.
-    """
-    half = torch.tanh(step * (-0.5 * math.log(beta)))
-    return 2 * half / (1 + half)
+def _personal_gradients(config: LoPAConfig, shared: Tensors, personal: Tensors, values: Tensors) -> Tensors:
+    """Of <gradient, soft prompts> in every personal tensor. V is known: of its head only the way back is computed."""
+    x = values[INSTANCE]
+    if not carried(config):
+        _, back, *_ = torch.func.vjp(lambda tensors: soft_prompt(config, shared, tensors, x), personal)
+        return dict(back(values["gradient"])[0])
+    of_v = {name: tensor for name, tensor in personal.items() if of_head(name, "v")}
+    others = {name: tensor for name, tensor in personal.items() if name not in of_v}
+    _, back, *_ = torch.func.vjp(lambda tensors, v: soft_prompt(config, shared, tensors, x, v=v), others, values[CARRIED_V])
+    gradients, gradient_v = back(values["gradient"])
+    if not of_v:
+        return dict(gradients)
+    _, back_v, *_ = torch.func.vjp(lambda tensors: instance_factor(config, {**shared, **tensors}, "v", x), of_v)
+    return {**gradients, **back_v(gradient_v)[0]}
 
 
 class _Bound(nn.Module):
@@ -166,10 +130,10 @@ def export_encode(encoder: nn.Module, max_tokens: int, path: Path) -> None:
 
 
 def export_compose(lopa: LoPA, path: Path) -> None:
-    """x, personal tensors -> soft_prompt (b, m, d)."""
+    """x, personal tensors -> soft_prompt (b, m, d), and what update.onnx takes over."""
     inputs = (torch.randn(3, lopa.config.features), *lopa.start.values())
     axes = {INSTANCE: {0: torch.export.Dim("batch", min=1)}, **{name: {} for name in lopa.start}}
-    _export(_Bound(compose_function(lopa), lopa.shared), inputs, axes, ["soft_prompt"], path)
+    _export(_Bound(compose_function(lopa), lopa.shared), inputs, axes, ["soft_prompt", *carried(lopa.config)], path)
 
 
 def export_update(lopa: LoPA, path: Path) -> None:
@@ -182,7 +146,8 @@ def export_update(lopa: LoPA, path: Path) -> None:
     inputs = update_example(lopa, batch=unlike, generator=torch.Generator().manual_seed(0))
     flat = make_fx(update_function(lopa), tracing_mode="symbolic")(*inputs, *lopa.shared.values())
     batch = {0: torch.export.Dim("batch", min=1)}
-    axes = {name: batch if name in (INSTANCE, "gradient") else {} for name in update_input_names(lopa)}
+    batched = {INSTANCE, "gradient", *carried(lopa.config)}
+    axes = {name: batch if name in batched else {} for name in update_input_names(lopa)}
     _export(_Bound(flat, lopa.shared), inputs, axes, update_output_names(lopa), path)
 
 
@@ -192,11 +157,13 @@ def update_example(lopa: LoPA, batch: int, generator: torch.Generator) -> tuple[
     shapes = [
         (batch, config.features),
         *([tuple(t.shape) for t in lopa.start.values()] * 3),
+        *((batch, *shape) for shape in carried(config).values()),
         (batch, config.soft_prompt_rows, config.hidden),
     ]
     tensors = [torch.randn(shape, generator=generator) for shape in shapes]
     first = 1 + 2 * len(lopa.start)
-    tensors[first:-1] = [tensor.square() for tensor in tensors[first:-1]]
+    last = first + len(lopa.start)
+    tensors[first:last] = [tensor.square() for tensor in tensors[first:last]]
     return (*tensors, *(torch.tensor(value) for value in (1e-2, 1e-2, 1.0, 3.0)))
 
 

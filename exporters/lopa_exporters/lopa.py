@@ -155,11 +155,17 @@ class LoPA:
 
 
 def soft_prompt(
-    config: LoPAConfig, shared: Mapping[str, Tensor], personal: Mapping[str, Tensor], x: Tensor, dropout: float = 0.0
+    config: LoPAConfig,
+    shared: Mapping[str, Tensor],
+    personal: Mapping[str, Tensor],
+    x: Tensor,
+    dropout: float = 0.0,
+    v: Tensor | None = None,
 ) -> Tensor:
     """Z for every row of x: (b, h) -> (b, m, d), (b, 2m, d) under "concat".
 
     dropout: probability, before each head with a mask of its own; the exported graphs have none.
+    v: V (b, d, r) where it is known already, the largest piece of work by far; Z then depends on no tensor of its head.
     """
     tensors = {**shared, **personal}
     z = tensors["Z"]
@@ -168,15 +174,25 @@ def soft_prompt(
     z = z.expand(x.shape[0], *z.shape)
     if not config.has_instance_part:
         return z
-    u, v = instance_factors(config, tensors, x, dropout)
+    u = instance_factor(config, tensors, "u", x, dropout)
+    v = instance_factor(config, tensors, "v", x, dropout) if v is None else v
     return compose(config.composition, z, u @ v.mT)
 
 
 def instance_factors(config: LoPAConfig, tensors: Mapping[str, Tensor], x: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
     """U (b, m, r) and V (b, d, r) for x (b, h); tensors: shared and personal ones together."""
-    u = _head(config, tensors, "u", functional.dropout(x, dropout, training=dropout > 0))
-    v = _head(config, tensors, "v", functional.dropout(x, dropout, training=dropout > 0))
-    return u.reshape(-1, config.rows, config.rank), v.reshape(-1, config.hidden, config.rank)
+    return instance_factor(config, tensors, "u", x, dropout), instance_factor(config, tensors, "v", x, dropout)
+
+
+def instance_factor(config: LoPAConfig, tensors: Mapping[str, Tensor], side: str, x: Tensor, dropout: float = 0.0) -> Tensor:
+    """U (b, m, r) or V (b, d, r)."""
+    values = _head(config, tensors, side, functional.dropout(x, dropout, training=dropout > 0))
+    return values.reshape(-1, config.rows if side == "u" else config.hidden, config.rank)
+
+
+def of_head(name: str, side: str) -> bool:
+    """Whether a tensor belongs to the head that makes U or V."""
+    return name.partition(".")[0] in {f"{kind}{side}" for kind in ("W1", "b1", "W2", "b2")}
 
 
 def compose(composition: str, z: Tensor, instance: Tensor) -> Tensor:

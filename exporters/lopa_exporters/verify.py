@@ -16,9 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lopa_exporters.adamw import BETA2, EPSILON
 from lopa_exporters.encoder import pad_right
-from lopa_exporters.graphs import BETA2, EPSILON, INSTANCE, MOMENTS, SCALARS, initial_moments
-from lopa_exporters.lopa import LoPA, Tensors, soft_prompt
+from lopa_exporters.graphs import INSTANCE, MOMENTS, SCALARS, carried, initial_moments
+from lopa_exporters.lopa import LoPA, Tensors, instance_factor, soft_prompt
 from lopa_exporters.quantize import session_of
 from lopa_exporters.structure import ExportError
 
@@ -106,15 +107,17 @@ def verify_compose(path: Path, lopa: LoPA) -> None:
     shapes = {name: ("float", tuple(tensor.shape)) for name, tensor in lopa.start.items()}
     graph.check_signature(
         {INSTANCE: ("float", ("batch", config.features)), **shapes},
-        {"soft_prompt": ("float", ("batch", config.soft_prompt_rows, config.hidden))},
+        {"soft_prompt": ("float", ("batch", config.soft_prompt_rows, config.hidden)), **_carried_axes(lopa)},
     )
     generator = torch.Generator().manual_seed(1)
     noisy = {name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in lopa.start.items()}
     for batch in BATCHES:
         x = torch.randn(batch, config.features, generator=generator)
         for kind, personal in (("start", lopa.start), ("random", noisy)):
-            found = graph(x=x, **personal)["soft_prompt"]
-            check_close(f"{graph.name}: {kind} values, batch {batch}", found, soft_prompt(config, lopa.shared, personal, x))
+            found, where = graph(x=x, **personal), f"{kind} values, batch {batch}"
+            check_close(f"{graph.name}: {where}", found["soft_prompt"], soft_prompt(config, lopa.shared, personal, x))
+            for name, value in carried_values(lopa, personal, x).items():
+                check_close(f"{graph.name}: {name}, {where}", found[name], value)
 
 
 def verify_update(path: Path, lopa: LoPA, steps: int = UPDATE_STEPS) -> None:
@@ -129,12 +132,22 @@ def verify_update(path: Path, lopa: LoPA, steps: int = UPDATE_STEPS) -> None:
         {
             INSTANCE: ("float", ("batch", config.features)),
             **fixed,
+            **_carried_axes(lopa),
             "gradient": ("float", ("batch", config.soft_prompt_rows, config.hidden)),
             **dict.fromkeys(SCALARS, ("float", ())),
         },
         {**{f"new.{name}": spec for name, spec in fixed.items()}, "gradient_norm": ("float", ())},
     )
     _compare_steps(graph, lopa, steps)
+
+
+def carried_values(lopa: LoPA, personal: Mapping[str, Tensor], x: Tensor) -> Tensors:
+    """What compose.onnx hands on to update.onnx, computed by torch."""
+    return {name: instance_factor(lopa.config, {**lopa.shared, **personal}, "v", x) for name in carried(lopa.config)}
+
+
+def _carried_axes(lopa: LoPA) -> Signature:
+    return {name: ("float", ("batch", *shape)) for name, shape in carried(lopa.config).items()}
 
 
 def _compare_steps(graph: Graph, lopa: LoPA, steps: int) -> None:
@@ -145,7 +158,8 @@ def _compare_steps(graph: Graph, lopa: LoPA, steps: int) -> None:
         x = torch.randn(batch, config.features, generator=generator)
         gradient = torch.randn(batch, config.soft_prompt_rows, config.hidden, generator=generator) * 0.01 ** (step % 3)
         scalars = {name: torch.tensor(float(value)) for name, value in zip(SCALARS, (1e-2, 1e-1, 0.5, step), strict=True)}
-        found = graph(x=x, gradient=gradient, **state, **scalars)
+        known = carried_values(lopa, {name: state[name] for name in lopa.start}, x)
+        found = graph(x=x, gradient=gradient, **known, **state, **scalars)
         expected = torch_step(lopa, state, x, gradient, scalars)
         for name, value in expected.items():
             check_close(f"{graph.name}: {name}, step {step}", found[name], value, slack=_adam_noise(name, expected, scalars))

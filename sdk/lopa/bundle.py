@@ -5,8 +5,9 @@
 Graph contract (all float tensors float32; b batch, t tokens, m rows, d hidden size):
 
     encode.onnx   input_ids, attention_mask: int64 (b, t)  ->  every instance tensor, by its name: (b, ...)
-    compose.onnx  instance tensors, personal tensors, by name  ->  soft_prompt (b, m, d)
+    compose.onnx  instance tensors, personal tensors, by name  ->  soft_prompt (b, m, d), every carried tensor: (b, ...)
     update.onnx   instance tensors, personal tensors, `exp_avg.NAME` and `exp_avg_sq.NAME` for each personal tensor,
+                  every carried tensor, as compose gave it for the same instance and personal tensors,
                   gradient (b, m, d), and the scalars learning_rate, weight_decay, clip, step: float32 ()
                   ->  `new.NAME`, `new.exp_avg.NAME`, `new.exp_avg_sq.NAME`, gradient_norm ()
                   `step` counts from 1. `clip` bounds the L2 norm over all personal gradients together (torch's clip_grad_norm_).
@@ -124,6 +125,9 @@ class Manifest:
     """What the user owns and tunes."""
     files: Mapping[str, FileSpec]
     tuning: TuningDefaults = dataclasses.field(default_factory=TuningDefaults)
+    carried: tuple[TensorSpec, ...] = ()
+    """What compose hands on to update, so that nothing large is computed twice; shapes without the batch axis. A manifest without any
+    doesn't name it."""
     schema: int = SCHEMA
     signature: str = ""
     """Ed25519 over the id (`lopa.signing`): 128 hex digits, or empty. Not part of what the id is made of."""
@@ -139,6 +143,8 @@ class Manifest:
     def _content(self) -> dict[str, Any]:
         content = dataclasses.asdict(self)
         del content["signature"]
+        if not self.carried:
+            del content["carried"]
         return content
 
     def to_json(self) -> str:
@@ -169,6 +175,7 @@ class Manifest:
                 personal=_specs(document["personal"]),
                 files={name: FileSpec(**spec) for name, spec in document["files"].items()},
                 tuning=TuningDefaults(**document["tuning"]),
+                carried=_specs(document.get("carried", ())),
                 signature=document.get("signature", ""),
             )
             _check(manifest)
@@ -216,7 +223,7 @@ def _check(manifest: Manifest) -> None:
         raise BundleError("manifest.signature must be 128 lower-case hex digits")
     if not _HEX.fullmatch(str(manifest.fm.fingerprint)):
         raise BundleError("manifest.fm.fingerprint must be 64 lower-case hex digits")
-    for kind, specs in (("instance", manifest.instance), ("personal", manifest.personal)):
+    for kind, specs in (("instance", manifest.instance), ("personal", manifest.personal), ("carried", manifest.carried)):
         check_tensors(f"manifest.{kind}", specs)
     if set(manifest.files) != set(FILES):
         raise BundleError(f"manifest.files must be exactly {', '.join(FILES)}; it has {', '.join(sorted(manifest.files))[:200]}")

@@ -37,6 +37,16 @@ class Moments:
 
 
 @dataclass(frozen=True)
+class Composed:
+    """Soft prompts on their way to a gradient."""
+
+    soft_prompts: Float32
+    """(b, m, d)."""
+    carried: Tensors
+    """What `PromptEncoder.update` takes over, so that it needs not compute it again."""
+
+
+@dataclass(frozen=True)
 class Update:
     """What one optimizer step gives."""
 
@@ -89,10 +99,18 @@ class PromptEncoder:
         Raises:
             BundleError: a graph that breaks the contract. FactorsError: the soft prompts have values that are not finite.
         """
-        soft = self._run("compose.onnx", {**instance, **personal})["soft_prompt"]
+        return self._composed(instance, personal, []).soft_prompts
+
+    def compose_to_update(self, instance: Tensors, personal: Tensors) -> Composed:
+        """As `compose`, with what `update` can take over."""
+        return self._composed(instance, personal, [spec.name for spec in self.bundle.manifest.carried])
+
+    def _composed(self, instance: Tensors, personal: Tensors, carried: Sequence[str]) -> Composed:
+        outputs = self._run("compose.onnx", {**instance, **personal}, ["soft_prompt", *carried])
+        soft = outputs.pop("soft_prompt")
         if not np.isfinite(soft).all():
             raise FactorsError("these factors give soft prompts with values that are not finite; `rollback` to another version")
-        return soft
+        return Composed(soft, outputs)
 
     def update(
         self,
@@ -105,18 +123,23 @@ class PromptEncoder:
         weight_decay: float,
         clip: float,
         step: int,
+        carried: Tensors | None = None,
     ) -> Update:
         """One optimizer step: back through compose, sum over the batch, clip, AdamW.
 
         gradient: (b, m, d), of the loss with respect to compose's soft prompts for the same instance and personal tensors.
         step: counts from 1.
+        carried: what `compose_to_update` gave for the same instance and personal tensors; without it that is computed here.
         """
+        if carried is None:
+            carried = self.compose_to_update(instance, personal).carried if self.bundle.manifest.carried else {}
         scalars = zip(SCALARS, (learning_rate, weight_decay, clip, step), strict=True)
         feeds = {
             **instance,
             **personal,
             **{f"exp_avg.{name}": value for name, value in moments.exp_avg.items()},
             **{f"exp_avg_sq.{name}": value for name, value in moments.exp_avg_sq.items()},
+            **carried,
             **{name: np.asarray(value, np.float32) for name, value in scalars},
             "gradient": gradient,
         }
@@ -132,9 +155,10 @@ class PromptEncoder:
             # An empty text without special tokens would have no positions to pool over: it is read as one token 0.
             return [encoding.ids or [0] for encoding in self._tokenizer.encode_batch(list(texts))]
 
-    def _run(self, graph: str, feeds: Mapping[str, Any]) -> dict[str, Float32]:
+    def _run(self, graph: str, feeds: Mapping[str, Any], outputs: Sequence[str] = ()) -> dict[str, Float32]:
+        """Some outputs, or all."""
         session = self._session(graph)
-        names = [output.name for output in session.get_outputs()]
+        names = [*outputs] or [output.name for output in session.get_outputs()]
         try:
             return dict(zip(names, session.run(names, dict(feeds)), strict=True))
         except Exception as error:  # ONNX Runtime's errors share no base class
@@ -197,14 +221,15 @@ def _contract(bundle: Bundle, graph: str) -> tuple[dict[str, Axes], dict[str, Ax
     instance: dict[str, Axes] = {spec.name: (None, *spec.shape) for spec in manifest.instance}
     personal: dict[str, Axes] = {spec.name: spec.shape for spec in manifest.personal}
     soft: Axes = (None, manifest.rows, manifest.fm.hidden_size)
+    carried: dict[str, Axes] = {spec.name: (None, *spec.shape) for spec in manifest.carried}
     moments: dict[str, Axes] = {f"{kind}.{name}": shape for kind in ("exp_avg", "exp_avg_sq") for name, shape in personal.items()}
     if graph == "encode.onnx":
         return {"input_ids": (None, None), "attention_mask": (None, None)}, instance
     if graph == "compose.onnx":
-        return {**instance, **personal}, {"soft_prompt": soft}
+        return {**instance, **personal}, {"soft_prompt": soft, **carried}
     scalars: dict[str, Axes] = dict.fromkeys(SCALARS, ())
     new: dict[str, Axes] = {f"new.{name}": shape for name, shape in {**personal, **moments}.items()}
-    return {**instance, **personal, **moments, **scalars, "gradient": soft}, {**new, "gradient_norm": ()}
+    return {**instance, **personal, **moments, **carried, **scalars, "gradient": soft}, {**new, "gradient_norm": ()}
 
 
 def _check_side(graph: str, side: str, nodes: Sequence[Any], expected: Mapping[str, Axes]) -> None:

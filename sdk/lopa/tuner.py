@@ -21,7 +21,7 @@ import numpy as np
 from lopa import examples as data
 from lopa.control import Budget, Stopped, pair_bytes
 from lopa.encoded import Encoded, encode_examples, pairs_with
-from lopa.encoder import Moments, PromptEncoder, Tensors
+from lopa.encoder import Composed, Moments, PromptEncoder, Tensors
 from lopa.errors import Cancelled, FactorsError, InvalidRequest, LopaError, RemoteError, TuningError
 from lopa.examples import Example
 from lopa.factors import Factors
@@ -33,7 +33,7 @@ from lopa.session import WireOptions
 from lopa.tune_job import Diverged, Told, TuneJob
 from lopa.tune_state import Progress, TuneState, load_state
 from lopa.tuning import Outcome, TuneProgress, TuneReport
-from lopa.values import Pair, PairGradient
+from lopa.values import Float32, Pair, PairGradient
 from lopa.wire.errors import Reason
 
 if TYPE_CHECKING:
@@ -163,7 +163,8 @@ class Tuner:
         self._budget.step_begins()
         config, step = self._config, state.progress.step + 1
         batch = self._training.take(self._batch(step))
-        gradients = yield from self._gradients(batch, state.personal)
+        composed = yield from self._composed(batch, state.personal)
+        gradients = yield from self._gradients(batch, composed.soft_prompts)
         tokens = sum(item.target_tokens for item in gradients)
         mean = np.stack([item.gradient for item in gradients])
         mean /= np.float32(tokens)
@@ -177,6 +178,7 @@ class Tuner:
                 weight_decay=config.weight_decay,
                 clip=config.clip,
                 step=step,
+                carried=composed.carried,
             )
         )
         if not all(np.isfinite(value).all() for value in update.personal.values()):
@@ -210,11 +212,13 @@ class Tuner:
         needed = total([self._training.examples[i] for i in self._batch(step)], [soft, gradient])
         return needed + (total(self._validation.examples, [soft]) if self._measured(step) else 0)
 
-    def _gradients(self, batch: Encoded, personal: Tensors) -> Flow[list[PairGradient]]:
+    def _composed(self, batch: Encoded, personal: Tensors) -> Flow[Composed]:
         try:
-            soft = yield from work(lambda: self._encoder.compose(batch.instance, personal))
+            return (yield from work(lambda: self._encoder.compose_to_update(batch.instance, personal)))
         except FactorsError as error:
             raise Diverged(str(error)) from error
+
+    def _gradients(self, batch: Encoded, soft: Float32) -> Flow[list[PairGradient]]:
         pairs, low = pairs_with(batch, soft), self._config.low_priority
         return (
             yield from self._ask(lambda: self._session.prompt_gradients(pairs, self._wire, low_priority=low, meanwhile=self._settle), pairs)

@@ -59,6 +59,23 @@ def test_compose_and_update(encoder: PromptEncoder) -> None:
     assert still.gradient_norm == 0 and all(np.array_equal(still.personal[name], start[name]) for name in start)
 
 
+def test_what_compose_carries_changes_nothing_but_the_work(encoder: PromptEncoder, bundle: Bundle) -> None:
+    """To the last bit, or a resumed run would not end as an unbroken one. It is used: another composition's gives another step."""
+    instance, start = encoder.encode(TEXTS), lopa.Factors.start(bundle).tensors
+    composed = encoder.compose_to_update(instance, start)
+    assert np.array_equal(composed.soft_prompts, encoder.compose(instance, start))
+    assert {name: value.shape[1:] for name, value in composed.carried.items()} == {
+        spec.name: spec.shape for spec in bundle.manifest.carried
+    }
+    arguments = (instance, start, Moments.zeros(bundle.manifest.personal), np.ones_like(composed.soft_prompts))
+    settings = {"learning_rate": 1e-3, "weight_decay": 0.0, "clip": 1.0, "step": 1}
+    alone, carried = (encoder.update(*arguments, **settings, carried=given) for given in (None, composed.carried))
+    assert carried.gradient_norm == alone.gradient_norm > 0
+    assert all(np.array_equal(value, alone.personal[name]) for name, value in carried.personal.items())
+    others = {name: value + 1 for name, value in composed.carried.items()}
+    assert encoder.update(*arguments, **settings, carried=others).gradient_norm != alone.gradient_norm
+
+
 def test_sessions_are_made_on_first_use(bundle: Bundle) -> None:
     encoder = PromptEncoder(bundle)
     encoder.compose(encoder.encode(["x"]), lopa.Factors.start(bundle).tensors)
@@ -72,6 +89,8 @@ def test_sessions_are_made_on_first_use(bundle: Bundle) -> None:
         ({"instance": (TensorSpec("x", (31,)),)}, "output x"),
         ({"rows": 5}, "output soft_prompt"),
         ({"personal": (TensorSpec("other", (2,)),)}, "other inputs"),
+        ({"carried": ()}, "other outputs"),
+        ({"carried": (TensorSpec("carried.v", (32, 3)),)}, "output carried.v"),
     ],
 )
 def test_graphs_that_break_the_contract_are_refused(bundle: Bundle, tmp_path: Path, changes: dict[str, object], words: str) -> None:
