@@ -28,6 +28,10 @@ SETTINGS: TuneOptions = {"steps": 12, "batch_size": 4, "learning_rate": 0.02, "v
 """A short run over EXAMPLES that ends better than it began."""
 
 
+TOO_LATE = (lopa.DeadlineExceeded, lopa.ResourceExhausted)
+"""What comes of a deadline that can't be met: a server that has measured its pace by then refuses at once."""
+
+
 def variant(bundle: Bundle, folder: Path, **changes: object) -> Bundle:
     """The same graphs under a changed manifest, and so another id."""
     shutil.copytree(bundle.folder, folder)

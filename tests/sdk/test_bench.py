@@ -99,6 +99,6 @@ def test_a_workload_beyond_the_context_is_wrong_usage(address: str, capsys: pyte
 
 def test_a_server_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        main(["bench", "serve", "127.0.0.1:1", "--requests", "1", "--timeout", "5"])
+        main(["bench", "serve", "127.0.0.1:1", "--requests", "1", "--timeout", "60"])
     assert end.value.code == 1
     assert capsys.readouterr().err.startswith("lopa: no connection")

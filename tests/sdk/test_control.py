@@ -51,7 +51,7 @@ def test_pause_and_resume_from_another_thread(client: lopa.Client, tmp_path: Pat
             paused.set()
 
     def resume() -> None:
-        assert paused.wait(30) and control.paused
+        assert paused.wait(240) and control.paused
         control.resume()
 
     helper = threading.Thread(target=resume)

@@ -153,7 +153,7 @@ def test_no_folder_and_another_schema(store: PersonaStore, tmp_path: Path) -> No
 def _hold(store: PersonaStore, held: object, release: object) -> None:
     with store.lock():
         held.set()  # type: ignore[attr-defined]
-        release.wait(30)  # type: ignore[attr-defined]
+        release.wait(240)  # type: ignore[attr-defined]
 
 
 def test_the_lock_holds_between_processes_and_falls_with_them(store: PersonaStore) -> None:
@@ -162,7 +162,7 @@ def test_the_lock_holds_between_processes_and_falls_with_them(store: PersonaStor
     process = context.Process(target=_hold, args=(store, held, release))
     process.start()
     try:
-        assert held.wait(30)
+        assert held.wait(240)
         with pytest.raises(lopa.FolderError, match="another process"), store.lock():
             pass
     finally:

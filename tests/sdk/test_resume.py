@@ -7,7 +7,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import lopa
@@ -23,7 +23,11 @@ from pathlib import Path
 from tests.sdk.conftest import EXAMPLES, SETTINGS
 address, folder, cache = sys.argv[1:]
 with lopa.connect(address, config=lopa.ClientConfig(cache=Path(cache))) as client:
-    client.personal(folder).tune(EXAMPLES, on_step=lambda now: print(now.step, flush=True), **SETTINGS)
+    def tell(now):
+        print(now.step, flush=True)
+        if now.step == SETTINGS["steps"] - 1:
+            sys.stdin.read()  # however fast this is, it does not finish before it is killed
+    client.personal(folder).tune(EXAMPLES, on_step=tell, **SETTINGS)
 """
 
 
@@ -58,7 +62,7 @@ def test_device_killed_at_a_random_moment(
 ) -> None:
     kill_after = random.Random(seed).randrange(1, SETTINGS["steps"] - 1)
     command = [sys.executable, "-c", DEVICE, address, str(tmp_path), str(cache)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as device:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as device:
         assert device.stdout is not None
         for line in device.stdout:
             if int(line) == kill_after:
@@ -128,8 +132,8 @@ def serve(fm: Path, bundle: Path, folder: Path, port: str = "0") -> Iterator[tup
     with subprocess.Popen([sys.executable, "-m", "lopa.cli", *arguments], stderr=subprocess.DEVNULL, text=True) as process:
         try:
             while not ready.exists():
-                if process.poll() is not None:
-                    raise RuntimeError(f"the server ended with {process.returncode}")
+                with suppress(subprocess.TimeoutExpired):
+                    raise RuntimeError(f"the server ended with {process.wait(0.05)}")
             yield process, ready.read_text()
         finally:
             process.kill()

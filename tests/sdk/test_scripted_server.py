@@ -148,7 +148,7 @@ def test_mutual_tls(tmp_path: Path) -> None:
     (key, own), (device_key, device) = certificate(tmp_path, "localhost"), certificate(tmp_path, "device")
     pair = [(key.read_bytes(), own.read_bytes())]
     identity = grpc.ssl_server_credentials(pair, root_certificates=device.read_bytes(), require_client_auth=True)
-    servicer, config = Scripted(), lopa.ClientConfig(connect_timeout=5.0, retry=RetryPolicy(attempts=1))
+    servicer, config = Scripted(), lopa.ClientConfig(connect_timeout=60.0, retry=RetryPolicy(attempts=1))
     with playing(servicer, identity) as address:
         with lopa.connect(address, tls=lopa.Tls.from_files(roots=own, key=device_key, chain=device), token="key", config=config):
             assert servicer.peer == [b"device"] and servicer.metadata["authorization"] == "Bearer key"
@@ -164,7 +164,7 @@ def test_tls(tmp_path: Path) -> None:
     """A certificate made here: with it as root the call passes, with the system's roots or without TLS it does not."""
     key, root = certificate(tmp_path, "localhost")
     identity = grpc.ssl_server_credentials([(key.read_bytes(), root.read_bytes())])
-    config = lopa.ClientConfig(connect_timeout=5.0, retry=RetryPolicy(attempts=1))
+    config = lopa.ClientConfig(connect_timeout=60.0, retry=RetryPolicy(attempts=1))
     with playing(Scripted(), identity) as address:
         trusted = grpc.ssl_channel_credentials(root.read_bytes())
         with lopa.connect(address, tls=trusted, config=config) as client:

@@ -55,11 +55,14 @@ def test_a_lost_connection_frees_its_rows(server: RunningServer, client: Client)
     _until_free(server, client)
 
 
-def test_a_deadline_frees_its_row(server: RunningServer, client: Client) -> None:
-    with pytest.raises(grpc.RpcError) as missed:
-        list(client.inference.Generate(LONG, timeout=0.05))
-    assert missed.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    _until_free(server, client)
+def test_a_deadline_frees_its_row(tiny_fm: Path) -> None:
+    """On a server of its own, which has not measured its pace yet: with one it would refuse at once."""
+    with start_server(ServerConfig(fm=tiny_fm, threads=1)) as server, grpc.insecure_channel(server.address) as channel:
+        client = Client(channel)
+        with pytest.raises(grpc.RpcError) as missed:
+            list(client.inference.Generate(LONG, timeout=0.05))
+        assert missed.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        _until_free(server, client)
 
 
 def _drain(server: RunningServer, seconds: float, channel: grpc.Channel) -> threading.Thread:

@@ -238,10 +238,10 @@ def test_a_client_that_does_not_read_holds_nothing_for_long(tiny_fm: Path) -> No
     config = ServerConfig(fm=tiny_fm, threads=1, traffic=TrafficLimits(stream_seconds=2.0))
     options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 14)]
     with start_server(config) as server, grpc.insecure_channel(server.address, options) as channel:
-        began = time.monotonic()
         calls = [Client(channel).inference.Generate(generate_request(max_tokens=490, logprobs=20)) for _ in range(3)]
         for call in calls:
             next(call)
+        began = time.monotonic()
         while server.app.engine.stats().running or time.monotonic() < began + 2.5:
             Client(channel).inference.Score(inference_pb2.ScoreRequest(pairs=[pair()]))
         for call in calls:
