@@ -12,6 +12,7 @@
 #include <string.h>
 
 #define LANES 8
+#define CHUNK (2 * LANES) /* numbers that are loaded together */
 #define TILE 64
 #define MAX_WIDTH 256
 #define TOGETHER 8 /* query heads that share one reading of their keys and values */
@@ -21,7 +22,11 @@
 typedef float lanes __attribute__((vector_size(4 * LANES)));
 typedef int32_t integers __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+
+/* A chunk: bfloat16 numbers of even and of odd places, for that takes no shuffle; float32 numbers as they come. */
+struct chunk {
+    lanes first, second;
+};
 
 struct lopa_pool {
     void *keys, *values;
@@ -40,28 +45,45 @@ struct lopa_decode {
     float scaling, softcap; /* softcap 0: none */
 };
 
-INLINE lanes load(const void *array, int64_t index, int bfloat16)
+INLINE int64_t least(int64_t one, int64_t other)
 {
+    return one < other ? one : other;
+}
+
+/* The next chunk of a row of which `left` numbers are left: less than a chunk means half of one, and zeros. */
+INLINE struct chunk load(const void *array, int64_t index, int64_t left, int bfloat16)
+{
+    struct chunk wide = {};
     if (bfloat16) {
-        halves narrow;
-        memcpy(&narrow, (const uint16_t *)array + index, sizeof narrow);
-        return (lanes)(__builtin_convertvector(narrow, words) << 16);
+        words both = {};
+        if (left < CHUNK)
+            memcpy(&both, (const uint16_t *)array + index, 2 * LANES);
+        else
+            memcpy(&both, (const uint16_t *)array + index, 2 * CHUNK);
+        return (struct chunk){(lanes)(both << 16), (lanes)(both & 0xffff0000u)};
     }
-    lanes wide;
-    memcpy(&wide, (const float *)array + index, sizeof wide);
+    if (left < CHUNK)
+        memcpy(&wide, (const float *)array + index, 4 * LANES);
+    else
+        memcpy(&wide, (const float *)array + index, 4 * CHUNK);
     return wide;
 }
 
-INLINE void store(void *array, int64_t index, lanes value, int bfloat16)
+/* To bfloat16, in the upper half of each word: to nearest, ties to even. */
+INLINE words rounded(lanes value)
 {
+    words bits = (words)value, is_nan = (words)(value != value);
+    return ((is_nan & 0x7fc00000u) | (~is_nan & (bits + 0x7fff + ((bits >> 16) & 1)))) & 0xffff0000u;
+}
+
+INLINE void store(void *array, int64_t index, int64_t left, struct chunk value, int bfloat16)
+{
+    const int64_t count = left < CHUNK ? LANES : CHUNK;
     if (bfloat16) {
-        words bits = (words)value;
-        words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; /* to nearest, ties to even */
-        words is_nan = (words)(value != value);
-        halves narrow = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), halves);
-        memcpy((uint16_t *)array + index, &narrow, sizeof narrow);
+        words both = rounded(value.first) >> 16 | rounded(value.second);
+        memcpy((uint16_t *)array + index, &both, 2 * count);
     } else {
-        memcpy((float *)array + index, &value, sizeof value);
+        memcpy((float *)array + index, &value, 4 * count);
     }
 }
 
@@ -93,8 +115,8 @@ INLINE lanes exponential(lanes x)
 
 /* What one query head has seen so far. */
 struct state {
-    lanes out[MAX_WIDTH / LANES]; /* weights times values, not yet divided by `total` */
-    lanes query[MAX_WIDTH / LANES];
+    struct chunk out[MAX_WIDTH / CHUNK]; /* weights times values, not yet divided by `total` */
+    struct chunk query[MAX_WIDTH / CHUNK];
     float highest, total;
 };
 
@@ -103,12 +125,12 @@ INLINE void add_tile(struct state *s, float *scores, const int64_t *places, int 
     float highest = s->highest;
     for (int p = 0; p < count; p++)
         highest = scores[p] > highest || scores[p] != scores[p] ? scores[p] : highest;
-    for (int p = count; p % LANES; p++)
-        scores[p] = -INFINITY;
     lanes total = {};
     for (int p = 0; p < count; p += LANES) {
-        lanes weights = exponential(load(scores, p, 0) - highest);
-        store(scores, p, weights, 0);
+        lanes weights;
+        memcpy(&weights, scores + p, sizeof weights);
+        weights = exponential(weights - highest);
+        memcpy(scores + p, &weights, sizeof weights);
         for (int lane = count - p; lane < LANES; lane++)
             weights[lane] = 0;
         total += weights;
@@ -116,23 +138,37 @@ INLINE void add_tile(struct state *s, float *scores, const int64_t *places, int 
     float kept = expf(s->highest - highest);
     s->total = s->total * kept + sum(total);
     s->highest = highest;
-    lanes out[MAX_WIDTH / LANES];
-    for (int64_t c = 0; c < width / LANES; c++)
-        out[c] = s->out[c] * kept;
+    struct chunk out[MAX_WIDTH / CHUNK];
+    for (int64_t c = 0; c * CHUNK < width; c++)
+        out[c] = (struct chunk){s->out[c].first * kept, s->out[c].second * kept};
     for (int p = 0; p < count; p++)
-        for (int64_t c = 0; c < width / LANES; c++)
-            out[c] += scores[p] * load(pool->values, places[p] + c * LANES, bfloat16);
-    for (int64_t c = 0; c < width / LANES; c++)
+        for (int64_t c = 0; c * CHUNK < width; c++) {
+            struct chunk value = load(pool->values, places[p] + c * CHUNK, width - c * CHUNK, bfloat16);
+            out[c].first += scores[p] * value.first;
+            out[c].second += scores[p] * value.second;
+        }
+    for (int64_t c = 0; c * CHUNK < width; c++)
         s->out[c] = out[c];
 }
 
-INLINE float score(const struct state *s, const struct lopa_decode *d, const struct lopa_pool *pool, int64_t place, int64_t width, int bfloat16)
+/* Of LANES positions. */
+INLINE lanes score(const struct state *s, const struct lopa_decode *d, const struct lopa_pool *pool, const int64_t *places, int64_t width, int bfloat16)
 {
-    lanes products = {};
-    for (int64_t c = 0; c < width / LANES; c++)
-        products += s->query[c] * load(pool->keys, place + c * LANES, bfloat16);
-    float value = sum(products) * d->scaling;
-    return d->softcap ? tanhf(value / d->softcap) * d->softcap : value;
+    lanes values;
+    for (int p = 0; p < LANES; p++) {
+        lanes first = {}, second = {};
+        for (int64_t c = 0; c * CHUNK < width; c++) {
+            struct chunk key = load(pool->keys, places[p] + c * CHUNK, width - c * CHUNK, bfloat16);
+            first += s->query[c].first * key.first;
+            second += s->query[c].second * key.second;
+        }
+        values[p] = sum(first + second);
+    }
+    values *= d->scaling;
+    if (d->softcap)
+        for (int p = 0; p < LANES; p++)
+            values[p] = tanhf(values[p] / d->softcap) * d->softcap;
+    return values;
 }
 
 INLINE void prefetch(const void *array, int64_t index, int64_t width, int64_t item)
@@ -151,62 +187,77 @@ INLINE void attend(const struct lopa_decode *d, const struct lopa_pool *pool, in
         struct state *s = states + h;
         s->highest = d->sinks ? d->sinks[first + h] : -INFINITY;
         s->total = d->sinks ? 1.0f : 0.0f;
-        for (int64_t c = 0; c < width / LANES; c++) {
-            s->query[c] = load(d->query, (first + h) * d->query_head_stride + row * d->query_row_stride + c * LANES, bfloat16);
-            s->out[c] = (lanes){};
+        for (int64_t c = 0; c * CHUNK < width; c++) {
+            const int64_t place = (first + h) * d->query_head_stride + row * d->query_row_stride + c * CHUNK;
+            s->query[c] = load(d->query, place, width - c * CHUNK, bfloat16);
+            s->out[c] = (struct chunk){};
         }
     }
     for (int64_t from = d->begins[row]; from < d->ends[row]; from += TILE) {
         int64_t places[TILE + AHEAD];
         float scores[TOGETHER][TILE];
         const int64_t left = d->ends[row] - from;
-        const int size = left < TILE ? left : TILE, known = left < TILE + AHEAD ? left : TILE + AHEAD;
-        for (int p = 0; p < known; p++)
-            places[p] = (base + table[(from + p) / d->block_size] * d->block_size + (from + p) % d->block_size) * width;
-        for (int p = 0; p < size; p++) {
-            prefetch(pool->values, places[p], width, item);
-            if (p + AHEAD < known)
-                prefetch(pool->keys, places[p + AHEAD], width, item);
-            for (int h = 0; h < count; h++)
-                scores[h][p] = score(states + h, d, pool, places[p], width, bfloat16);
+        const int size = least(left, TILE), known = least(left, TILE + AHEAD);
+        int64_t block = from / d->block_size, inside = from % d->block_size;
+        for (int p = 0; p < known; p++) {
+            places[p] = (base + table[block] * d->block_size + inside) * width;
+            if (++inside == d->block_size)
+                inside = 0, block++;
+        }
+        for (int p = known; p % LANES; p++)
+            places[p] = places[0]; /* scored with the others, and left out of the sums */
+        for (int p = 0; p < size; p += LANES) {
+            for (int i = p; i < p + LANES; i++) {
+                prefetch(pool->values, places[i], width, item);
+                if (i + AHEAD < known)
+                    prefetch(pool->keys, places[i + AHEAD], width, item);
+            }
+            for (int h = 0; h < count; h++) {
+                lanes some = score(states + h, d, pool, places + p, width, bfloat16);
+                memcpy(scores[h] + p, &some, sizeof some);
+            }
         }
         for (int h = 0; h < count; h++)
             add_tile(states + h, scores[h], places, size, pool, width, bfloat16);
     }
     for (int h = 0; h < count; h++)
-        for (int64_t c = 0; c < width / LANES; c++)
-            store(d->out, (row * d->heads + first + h) * width + c * LANES, states[h].out[c] / states[h].total, bfloat16);
+        for (int64_t c = 0; c * CHUNK < width; c++) {
+            struct chunk out = {states[h].out[c].first / states[h].total, states[h].out[c].second / states[h].total};
+            store(d->out, (row * d->heads + first + h) * width + c * CHUNK, width - c * CHUNK, out, bfloat16);
+        }
 }
 
-INLINE void attend_all(const struct lopa_decode *d, const struct lopa_pool *pool, int64_t width, int bfloat16)
+/* All query heads that share one key-value head of one row. */
+INLINE void attend_group(const struct lopa_decode *d, const struct lopa_pool *pool, int64_t row, int64_t shared, int64_t width, int bfloat16)
 {
-    const int64_t group = d->heads / pool->kv_heads;
-#pragma omp parallel for schedule(dynamic, 4)
-    for (int64_t work = 0; work < d->rows * pool->kv_heads; work++) {
-        const int64_t row = work / pool->kv_heads, shared = work % pool->kv_heads;
-        for (int64_t done = 0; done < group; done += TOGETHER) {
-            const int count = group - done < TOGETHER ? group - done : TOGETHER;
-            if (count == 1)
-                attend(d, pool, row, shared, shared * group + done, 1, width, bfloat16);
-            else
-                attend(d, pool, row, shared, shared * group + done, count, width, bfloat16);
-        }
+    const int64_t group = d->heads / pool->kv_heads, first = shared * group;
+    for (int64_t done = 0; done < group; done += TOGETHER) {
+        const int count = least(group - done, TOGETHER);
+        if (count == 1)
+            attend(d, pool, row, shared, first + done, 1, width, bfloat16);
+        else
+            attend(d, pool, row, shared, first + done, count, width, bfloat16);
     }
 }
 
-/* Every row's attention. Usual widths have code of their own, with everything in registers. */
+/* Every row's attention. Usual widths have code of their own, with everything in registers: chosen within the loop, since a
+ * compiler makes the loop's body a function that knows no constants from outside. */
 void lopa_decode(const struct lopa_decode *d, const struct lopa_pool *pool)
 {
-    if (pool->bfloat16 && pool->width == 64)
-        attend_all(d, pool, 64, 1);
-    else if (pool->bfloat16 && pool->width == 128)
-        attend_all(d, pool, 128, 1);
-    else if (pool->bfloat16)
-        attend_all(d, pool, pool->width, 1);
-    else if (pool->width == 64)
-        attend_all(d, pool, 64, 0);
-    else
-        attend_all(d, pool, pool->width, 0);
+#pragma omp parallel for schedule(dynamic, 4)
+    for (int64_t work = 0; work < d->rows * pool->kv_heads; work++) {
+        const int64_t row = work / pool->kv_heads, shared = work % pool->kv_heads;
+        if (pool->bfloat16 && pool->width == 64)
+            attend_group(d, pool, row, shared, 64, 1);
+        else if (pool->bfloat16 && pool->width == 128)
+            attend_group(d, pool, row, shared, 128, 1);
+        else if (pool->bfloat16)
+            attend_group(d, pool, row, shared, pool->width, 1);
+        else if (pool->width == 64)
+            attend_group(d, pool, row, shared, 64, 0);
+        else
+            attend_group(d, pool, row, shared, pool->width, 0);
+    }
 }
 
 /* Put keys and values, (kv_heads, count, width) by strides in elements, into these slots. */
