@@ -48,6 +48,9 @@ FIGURES = (
     "personal_over_plain",
     "shared_prefix_overhead",
     "gradient_batch_gain",
+    "gradient_gain_gemm_ceiling",
+    "gradient_share_of_gemm_floor",
+    "gradient_alone_share_of_gemm_floor",
     "stream_p99_under_gradients",
     "kv_waste",
     "server_bytes_per_idle_user",
@@ -80,6 +83,9 @@ class Plan:
     quick: bool
     capacity: float
     """Our tokens per second, of which open loops take a part."""
+    fm: Path
+    threads: int
+    """Of every system."""
 
 
 def start_peers(names: Sequence[str], job: Job, folder: Path, vllm: Path, report: Report) -> dict[str, PeerProcess]:
@@ -154,9 +160,12 @@ def _prefix(server: Server, plan: Plan, report: Report) -> None:
 
 
 def _gradients(server: Server, plan: Plan, report: Report) -> None:
-    gain = gradients.batch_gain(server, plan.rounds)
+    gain = gradients.batch_gain(server, plan.fm, plan.threads, plan.rounds)
     report.rows.append(gain)
     report.set("gradient_batch_gain", gain["gain"])
+    report.set("gradient_gain_gemm_ceiling", gain["gain_ceiling"])
+    report.set("gradient_share_of_gemm_floor", gain["share_of_floor_mixed"])
+    report.set("gradient_alone_share_of_gemm_floor", gain["share_of_floor_of_one"])
 
 
 def _streams(server: Server, _plan: Plan, report: Report) -> None:
@@ -209,7 +218,7 @@ def main() -> None:
         with ended(peers), running_server(fm, folder, 64, args.threads) as server:
             report.say("lopa serve is ready")
             systems = side_by_side(server, peers, rounds if {"peers", "loads"} & set(args.only) else 0, report)
-            plan = Plan(rounds, args.quick, systems["ours"])
+            plan = Plan(rounds, args.quick, systems["ours"], fm, args.threads)
             with server.turn():
                 for section in (section for section in OURS if section in args.only):
                     OURS[section](server, plan, report)

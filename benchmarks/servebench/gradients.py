@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -18,11 +19,14 @@ from lopa.bench.summary import gaps, summarize
 from lopa.bench.workload import Workload
 from lopa.v1 import catalog_pb2, catalog_pb2_grpc, common_pb2, tuning_pb2, tuning_pb2_grpc
 
-from servebench.generation import PERSONAL, LoadFailed, row
+from servebench.generation import PERSONAL, ROWS, LoadFailed, row
+from servebench.gradient_floor import GradientFloor
 from servebench.server import Server
 
 PROMPT, TARGET, USERS = 32, 32, 32
 """A pair: 32 tokens of prompt, 32 of target, and a soft prompt of 10 rows."""
+READ = ROWS + PROMPT + TARGET - 1
+"""Positions that the FM reads of it: the last token is only predicted."""
 
 
 class Pairs:
@@ -71,20 +75,29 @@ async def _mixed(pairs: Pairs, calls: int) -> float:
     return calls * USERS / (time.perf_counter() - started)
 
 
-async def _batch_gain(server: Server, rounds: int) -> dict[str, Any]:
-    speeds: dict[str, list[float]] = {"one_at_a_time": [], "mixed": []}
+async def _batch_gain(server: Server, floor: GradientFloor, rounds: int) -> dict[str, Any]:
+    speeds: dict[str, list[float]] = {"one_at_a_time": [], "mixed": [], "floor_of_one": [], "floor_mixed": []}
     async with _pairs(server) as pairs:
         await pairs.call(USERS)
         for _ in range(rounds):
             speeds["one_at_a_time"].append(await _one_at_a_time(pairs, USERS // 2))
             speeds["mixed"].append(await _mixed(pairs, 2))
-    gain = median(speeds["mixed"]) / median(speeds["one_at_a_time"])
-    return {"name": "gradients of 32 users, pairs/s", "gain": gain, **speeds}
+            speeds["floor_of_one"].append(floor.pairs_per_second(1, USERS // 2))
+            speeds["floor_mixed"].append(floor.pairs_per_second(floor.together, max(1, 2 * USERS // floor.together)))
+    medians = {name: median(values) for name, values in speeds.items()}
+    return {
+        "name": "gradients of 32 users, pairs/s",
+        "gain": medians["mixed"] / medians["one_at_a_time"],
+        "gain_ceiling": medians["floor_mixed"] / medians["floor_of_one"],
+        "share_of_floor_mixed": medians["mixed"] / medians["floor_mixed"],
+        "share_of_floor_of_one": medians["one_at_a_time"] / medians["floor_of_one"],
+        **speeds,
+    }
 
 
-def batch_gain(server: Server, rounds: int) -> dict[str, Any]:
-    """Pairs per second of 32 users at once, one pair each, over those of one user after the other."""
-    return asyncio.run(_batch_gain(server, rounds))
+def batch_gain(server: Server, fm: Path, threads: int, rounds: int) -> dict[str, Any]:
+    """Pairs per second of 32 users at once, one pair each, over those of one user after the other, and the bare products' of both."""
+    return asyncio.run(_batch_gain(server, GradientFloor(fm, READ, TARGET, threads), rounds))
 
 
 async def _flooded(server: Server, workload: Workload, flood: int) -> tuple[float, dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lopa_server.engine.torch_engine.attention import Score
+from lopa_server.engine.torch_engine.engine import TorchEngine
 from lopa_server.engine.torch_engine.fused import Fusions
 from lopa_server.engine.torch_engine.kv_pool import KvPool
 from lopa_server.engine.torch_engine.loader import load_foundation_model
@@ -176,14 +177,19 @@ def test_compiled_once_and_into_a_folder_of_ones_own(fresh: Path) -> None:
 
 @pytest.mark.usefixtures("fresh")
 def test_without_a_compiler_torch_does_it_all(tiny_fm: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    usual = run(load(tiny_fm), lambda engine: collect(engine, stream("a", 1)))
+    async def answer(engine: TorchEngine) -> tuple[Sequence[int], int]:
+        return (await collect(engine, stream("a", 1))).tokens, engine.stats().native_fallbacks
+
+    usual, fallbacks = run(load(tiny_fm), answer)
+    assert (fallbacks > 0) == (KERNELS is None)
     find_kernels.cache_clear()
     monkeypatch.setenv("CC", "no-such-compiler")
     with caplog.at_level(logging.WARNING):
         assert find_kernels() is None
     assert "no-such-compiler" in caplog.text
-    plain = run(load(tiny_fm), lambda engine: collect(engine, stream("a", 1)))
-    assert plain.tokens == usual.tokens
+    plain, fallbacks = run(load(tiny_fm), answer)
+    assert plain == usual
+    assert fallbacks > 0
 
 
 @needs_kernels
@@ -206,7 +212,17 @@ def test_norms_are_fused_where_they_compute_the_same(tmp_path: Path, family: str
         fused = norm(rows)
         fm.fusions.off()
         torch.testing.assert_close(fused, norm(rows))
+        theirs = _gradient(norm, rows)
         fm.fusions.on()
+        torch.testing.assert_close(
+            _gradient(norm, rows), theirs, rtol=0.0, atol=(2**-7 if dtype == "bfloat16" else 1e-5) * float(theirs.abs().max())
+        )
+
+
+def _gradient(norm: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    rows = rows.clone().requires_grad_()
+    values = norm(rows)
+    return torch.autograd.grad(values, rows, torch.linspace(-1, 1, values.numel(), dtype=values.dtype).view_as(values) ** 3)[0]
 
 
 @needs_kernels

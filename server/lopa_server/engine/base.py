@@ -271,6 +271,8 @@ class EngineStats:
     """Forward passes for streams, each of decoding rows and pieces of prompts together."""
     step_positions: int = 0
     """Positions in all those passes together."""
+    native_fallbacks: int = 0
+    """Steps on a CPU whose decoding rows torch computed: our kernels are switched off, could not be had, or don't fit the model."""
     step_rows: int = 0
     """Requests in all those passes together."""
     seconds: dict[str, float] = field(default_factory=dict)

@@ -34,6 +34,7 @@ COUNTERS = {
     "decode_steps": ("decode_steps", "Those of them in which somebody decoded."),
     "step_rows": ("step_rows", "Requests in all those passes together."),
     "step_positions": ("step_positions", "Positions in all those passes together."),
+    "native_fallbacks": ("native_fallbacks", "Steps on a CPU whose decoding rows torch computed, not our kernels."),
     "preemptions": ("preemptions", "Requests that lost their blocks and were computed again."),
     "out_of_memory": ("out_of_memory", "Steps that the device had no memory for; each made later ones smaller."),
     "requests_aborted": ("aborted", "Requests forgotten: cancelled, past their deadline, or their client left."),

@@ -1,13 +1,14 @@
 """Fewer passes over memory between a model's products, without touching its code: modules that are known by what they compute.
 
 A module gets a fused forward only if that gives its own values on trial inputs, so an architecture that does something else
-under a familiar name keeps its own. Where a gradient is wanted, every module's own forward runs.
+under a familiar name keeps its own.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from lopa_server.engine.torch_engine.native.kernels import DTYPES, Kernels
 TRIAL_SCALES = (0.02, 1.0, 50.0)
 """Of the trial inputs: what a model's layers may meet."""
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
-"""Relative: bfloat16's last bit, or float32's last few, whose sums depend on their order."""
+"""Relative: bfloat16's last bits, or float32's, whose sums depend on their order."""
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -59,22 +60,59 @@ def _norm(module: nn.Module, kernels: Kernels) -> Forward | None:
         return None
     own = module.forward
     for offset in (0.0, 1.0):
-        fused = functools.partial(_normalized, own, kernels, module, epsilon, offset)
+        norm = _Norm(kernels, module, epsilon, offset)
+        fused = functools.partial(_normalized, own, norm)
         if _agree(own, fused, weight):
             return fused
     return None
 
 
-def _normalized(own: Forward, kernels: Kernels, module: Any, epsilon: float, offset: float, rows: torch.Tensor) -> torch.Tensor:
-    if rows.dtype != module.weight.dtype or (rows.requires_grad and torch.is_grad_enabled()):
+@dataclass(frozen=True)
+class _Norm:
+    """A module's norm as the kernels compute it."""
+
+    kernels: Kernels
+    module: Any
+    epsilon: float
+    offset: float
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.kernels.rms_norm(rows, self.module.weight, self.epsilon, self.offset)
+
+    def backward(self, flowing: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return self.kernels.rms_norm_backward(flowing, rows, self.module.weight, self.epsilon, self.offset)
+
+
+class _Differentiated(torch.autograd.Function):
+    """The norm with a gradient for its rows only: the weight is frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, norm: _Norm) -> torch.Tensor:
+        ctx.norm = norm
+        ctx.save_for_backward(rows)
+        return norm(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.norm.backward(gradients[0], *ctx.saved_tensors), None
+
+
+def _normalized(own: Forward, norm: _Norm, rows: torch.Tensor) -> torch.Tensor:
+    if rows.dtype != norm.module.weight.dtype:
         return own(rows)
-    return kernels.rms_norm(rows, module.weight, epsilon, offset)
+    if rows.requires_grad and torch.is_grad_enabled():
+        return _Differentiated.apply(rows, norm)  # type: ignore[no-untyped-call]
+    return norm(rows)
 
 
-@torch.inference_mode()
 def _agree(own: Forward, fused: Forward, weight: torch.Tensor) -> bool:
+    """Values, and gradients relative to the largest of their row: a sum of numbers that cancel is no more exact than these."""
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(len(TRIAL_SCALES), 4, len(weight), generator=generator)
-    rows = (rows * torch.tensor(TRIAL_SCALES)[:, None, None]).to(weight.dtype)
+    rows, flowing = torch.randn(2, len(TRIAL_SCALES), 4, len(weight), generator=generator).to(weight.dtype).unbind()
+    rows = (rows * torch.tensor(TRIAL_SCALES, dtype=weight.dtype)[:, None, None]).requires_grad_()
+    with torch.enable_grad():
+        theirs, ours = own(rows), fused(rows)
+        their_gradient, our_gradient = (torch.autograd.grad(values, rows, flowing)[0].float() for values in (theirs, ours))
     tolerance = TOLERANCE[weight.dtype]
-    return torch.allclose(own(rows).float(), fused(rows).float(), rtol=tolerance, atol=tolerance)
+    error = (their_gradient - our_gradient).abs() / their_gradient.abs().amax(dim=-1, keepdim=True)
+    return torch.allclose(theirs.float(), ours.float(), rtol=tolerance, atol=tolerance) and bool((error <= tolerance).all())

@@ -32,6 +32,11 @@ class KvPool:
         """Bytes that one position takes over all layers; 0 before the first step."""
         return sum(tensor.nbytes for layer in self._layers.values() for tensor in layer) // self.slots
 
+    @property
+    def native(self) -> bool:
+        """Whether our kernels read and write all layers that have been written."""
+        return self.kernels is not None and all(self.kernels.fit(*held) for held in self._layers.values())
+
     def write(self, layer: int, slots: Slots, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Put (h, t, e) keys and values into t slots."""
         held = self._layers.get(layer)

@@ -22,6 +22,8 @@ class ModelRunner:
     def __init__(self, fm: FoundationModel, blocks: int, block_size: int) -> None:
         self._fm = fm
         self.pool = KvPool(blocks, block_size, fm.kernels)
+        self.fallbacks = 0
+        """Steps on a CPU whose decoding rows torch computed, for want of kernels that fit."""
         self.layouts = LayoutMaker(self.pool, fm.windows, fm.device, fm.dtype)
 
     @torch.inference_mode()
@@ -31,13 +33,16 @@ class ModelRunner:
         place = {piece: packed for packed, piece in enumerate(layout.order)}
         ends = [int(layout.first[place[index]]) + pieces[index].count - 1 for index in wanted]
         step = PackedStep(self.pool, fm.windows, Slots(layout.write, self.pool.slots), layout.groups)
-        return fm.logits_at(
+        logits = fm.logits_at(
             torch.tensor(ends, dtype=torch.int64, device=fm.device),
             inputs_embeds=self._embed(pieces, layout)[None],
             position_ids=torch.from_numpy(layout.positions).to(fm.device)[None],
             use_cache=False,
             paged_step=step,
         )
+        decodes = any(piece.count == 1 for piece in pieces)
+        self.fallbacks += decodes and fm.device.type == "cpu" and not self.pool.native
+        return logits
 
     def _embed(self, pieces: Sequence[Piece], layout: Layout) -> torch.Tensor:
         """(t, d) input embeddings, soft rows where they stand."""

@@ -253,6 +253,7 @@ class Worker:
         decoding = sum(row.start > 0 and row.count == 1 for row in step.rows)
         counts = self._counts
         counts["steps"] += 1
+        counts["native_fallbacks"] = self._runner.fallbacks
         counts["decode_steps"] += bool(decoding)
         counts["step_rows"] += len(step.rows)
         counts["step_positions"] += sum(row.count for row in step.rows)

@@ -66,3 +66,33 @@ void lopa_rms_norm(void *out, const void *x, const void *weight, int64_t rows, i
         else
             norm_row(out, x, weight, row * width, width, epsilon, offset, early, 0);
 }
+
+/* The gradient of x, from that of the norm of x, `flowing`. */
+INLINE void norm_row_backward(void *out, const void *flowing, const void *x, const void *weight, int64_t at, int64_t width, float epsilon, float offset, int early, int bfloat16)
+{
+    float squares = 0, along = 0;
+#pragma omp simd reduction(+ : squares, along)
+    for (int64_t i = 0; i < width; i++) {
+        const float value = load(x, at + i, bfloat16);
+        const float weighted = load(flowing, at + i, bfloat16) * (load(weight, i, bfloat16) + offset);
+        squares += value * value;
+        along += value * (early ? rounded(weighted, bfloat16) : weighted);
+    }
+    const float scale = 1.0f / sqrtf(squares / width + epsilon), back = along * scale * scale / width;
+#pragma omp simd
+    for (int64_t i = 0; i < width; i++) {
+        const float weighted = load(flowing, at + i, bfloat16) * (load(weight, i, bfloat16) + offset);
+        store(out, at + i, ((early ? rounded(weighted, bfloat16) : weighted) - load(x, at + i, bfloat16) * back) * scale, bfloat16);
+    }
+}
+
+void lopa_rms_norm_backward(void *out, const void *flowing, const void *x, const void *weight, int64_t rows, int64_t width, float epsilon, float offset, int bfloat16)
+{
+    const int early = offset == 0;
+#pragma omp parallel for if (rows * width >= 1 << 14)
+    for (int64_t row = 0; row < rows; row++)
+        if (bfloat16)
+            norm_row_backward(out, flowing, x, weight, row * width, width, epsilon, offset, early, 1);
+        else
+            norm_row_backward(out, flowing, x, weight, row * width, width, epsilon, offset, early, 0);
+}

@@ -115,7 +115,9 @@ class Kernels:
         self._write.argtypes = [ctypes.POINTER(_Pool), ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 4]
         self._rms_norm = library.lopa_rms_norm
         self._rms_norm.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_int64, ctypes.c_float, ctypes.c_float, ctypes.c_int32]
-        self._decode.restype = self._write.restype = self._rms_norm.restype = None
+        self._rms_norm_backward = library.lopa_rms_norm_backward
+        self._rms_norm_backward.argtypes = [ctypes.c_void_p, *self._rms_norm.argtypes]
+        self._decode.restype = self._write.restype = self._rms_norm.restype = self._rms_norm_backward.restype = None
 
     @staticmethod
     def fit(keys: torch.Tensor, values: torch.Tensor) -> bool:
@@ -181,13 +183,25 @@ class Kernels:
         Raises:
             IndexError: shapes or dtypes don't go together.
         """
-        if weight.shape != rows.shape[-1:] or rows.dtype not in DTYPES or not weight.is_contiguous():
-            raise IndexError(f"norm of {tuple(rows.shape)} with a weight {tuple(weight.shape)}")
-        _check_same(weight, rows)
-        rows = rows.contiguous()
-        out, width = torch.empty_like(rows), weight.shape[0]
-        count = rows.numel() // width
+        rows = _check_norm(rows, weight)
+        out, (count, width) = torch.empty_like(rows), _table(rows)
         self._rms_norm(out.data_ptr(), rows.data_ptr(), weight.data_ptr(), count, width, epsilon, offset, rows.dtype == torch.bfloat16)
+        return out
+
+    def rms_norm_backward(
+        self, flowing: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float
+    ) -> torch.Tensor:
+        """The gradient of the (…, d) rows, from that of their norm.
+
+        Raises:
+            IndexError: shapes or dtypes don't go together.
+        """
+        flowing, rows = _check_norm(flowing, weight), _check_norm(rows, weight)
+        if flowing.shape != rows.shape:
+            raise IndexError(f"a gradient {tuple(flowing.shape)} of the norm of {tuple(rows.shape)}")
+        out, (count, width) = torch.empty_like(rows), _table(rows)
+        arrays = (tensor.data_ptr() for tensor in (out, flowing, rows, weight))
+        self._rms_norm_backward(*arrays, count, width, epsilon, offset, rows.dtype == torch.bfloat16)
         return out
 
 
@@ -216,3 +230,16 @@ def _check_same(keys: torch.Tensor, *others: torch.Tensor) -> None:
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
     """With the numbers of a row side by side."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _check_norm(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The rows, side by side. Raises IndexError where they don't go with the weight."""
+    if weight.shape != rows.shape[-1:] or rows.dtype not in DTYPES or not weight.is_contiguous():
+        raise IndexError(f"norm of {tuple(rows.shape)} with a weight {tuple(weight.shape)}")
+    _check_same(weight, rows)
+    return rows.contiguous()
+
+
+def _table(rows: torch.Tensor) -> tuple[int, int]:
+    """How many rows there are, and their width."""
+    return rows.numel() // rows.shape[-1], rows.shape[-1]
