@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = """
-import sys, lopa
+import json, sys, lopa
 from pathlib import Path
 address, folder, cache = sys.argv[1:]
 with lopa.connect(address, config=lopa.ClientConfig(cache=Path(cache))) as client:
@@ -19,7 +20,9 @@ with lopa.connect(address, config=lopa.ClientConfig(cache=Path(cache))) as clien
     for number in range(20):
         assert persona.generate(f"def f_{number}(a, b):\\n" * 16, max_tokens=8, ignore_end=True).receipt.rows > 0
 peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-print(int(peak.split()[1]) / 1024)
+files = [Path(module.__file__) for module in sys.modules.values() if getattr(module, "__file__", None)]
+parts = [file.parts[file.parts.index("site-packages") + 1] for file in files if "site-packages" in file.parts]
+print(json.dumps([int(peak.split()[1]) / 1024, sorted(set(parts))]))
 """
 
 
@@ -54,11 +57,13 @@ def import_seconds(python: Path, statement: str) -> float:
     return median(run(statement) for _ in range(7))
 
 
-def resident_mb(python: Path, address: str, folder: Path) -> float:
-    """Peak resident memory of a device process that opens a new persona and generates, in MiB.
+def device_process(python: Path, address: str, folder: Path) -> tuple[float, list[str]]:
+    """Of a process that opens a new persona and generates: its peak resident memory in MiB, and what it imported from site-packages, by
+    top-level name.
 
     Linux's VmHWM: getrusage would count the memory of the process that started it.
     """
     command = [str(python), "-c", DEVICE, address, str(folder / "me"), str(folder / "cache")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return float(subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder, env=environment).stdout)
+    peak, names = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder, env=environment).stdout)
+    return peak, names

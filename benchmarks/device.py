@@ -5,7 +5,7 @@
 
 The encoder is all-MiniLM-L6-v2 in int8, on one thread; texts of 128 tokens. Memory: a process of the plain package that generates with it.
 The step: m = 10, d = 4096, r = 4, batch 8, encodings cached: its time beyond a round trip of 20 ms, in which the step before is saved.
-`site_packages_floor_mb`: ONNX Runtime and numpy alone.
+`site_packages_floor_mb`: ONNX Runtime and numpy alone. `site_packages_imported_mb`: what such a process imports.
 `encode_cosine` and `fm_loss_change` compare int8 with float32 (`lopa_exporters.quality`). Petals' bytes are counted from its protocol,
 for the same example.
 """
@@ -18,10 +18,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import lopa
 import torch
-from _installation import import_seconds, install, resident_mb, site_packages_mb
+from _installation import device_process, import_seconds, install, site_packages_mb
 from _step import BATCH, measure_step, petals_bytes
 from lopa.bundle import Bundle, FMSpec
 from lopa_exporters.bundle import export_bundle
@@ -35,6 +36,9 @@ from report import write
 
 WIDE = LoPAConfig(hidden=4096, features=384)
 """m 10, r 4, every personal rank 1: the defaults."""
+RUNS = 7
+"""Of every kind of step, in turn; figures are their medians."""
+STEPS: dict[str, dict[str, Any]] = {"": {}, "_no_round_trip": {"round_trip": 0.0}, "_f32": {"dtype": "F32", "gradient_dtype": "F32"}}
 
 
 class Quiet:
@@ -76,7 +80,7 @@ def wide_bundle(out: Path) -> Bundle:
     return export_bundle(out, fm=fm, encoder=encoder, lopa=init_lopa(WIDE, table, torch.Generator().manual_seed(0)))
 
 
-def torch_step_ms(rounds: int = 60) -> float:
+def torch_step_ms(rounds: int = 40) -> float:
     """The peer: compose, backward, clip and AdamW of the same shapes in ordinary torch, one thread."""
     generator = torch.Generator().manual_seed(0)
     method = init_lopa(WIDE, torch.randn(64, WIDE.hidden, generator=generator), generator)
@@ -94,18 +98,21 @@ def torch_step_ms(rounds: int = 60) -> float:
     return 1000 * median(times[3:])
 
 
-def installation(work: Path) -> tuple[dict[str, float], Path]:
-    """Size and import of the plain package, and its Python."""
+def installation(work: Path, bundle: Path, folder: Path) -> dict[str, float]:
+    """Size, import and memory of the plain package."""
     python = work / "venv" / "bin" / "python"
     if not python.exists():
         install(work / "venv")
     sizes = site_packages_mb(python)
     figures = {"site_packages_mb": sum(sizes.values())}
     figures["site_packages_floor_mb"] = sum(sizes[name] for name in ("onnxruntime", "numpy", "numpy.libs"))
-    figures |= {f"site_packages_{name}_mb": size for name, size in list(sizes.items())[:8]}
+    with start_server(ServerConfig(fm=nano_folder(), bundle=bundle)) as server:
+        figures["rss_mb"], imported = device_process(python, server.address, folder)
+    figures["site_packages_imported_mb"] = sum(sizes[name] for name in [*imported, "numpy.libs"])
+    figures |= {f"site_packages_{name}_mb": size for name, size in list(sizes.items())[:12]}
     figures["import_seconds"] = import_seconds(python, "import lopa")
     figures["import_everything_seconds"] = import_seconds(python, "import lopa; lopa.Client, lopa.Persona, lopa.PromptEncoder")
-    return figures, python
+    return figures
 
 
 def step(work: Path, folder: Path) -> dict[str, float]:
@@ -113,19 +120,23 @@ def step(work: Path, folder: Path) -> dict[str, float]:
     if not (work / "wide" / "manifest.json").exists():
         wide_bundle(work / "wide")
     wide, figures = Bundle.open(work / "wide"), {}
-    figures["tune_step_ms"], figures["bytes_per_example"] = measure_step(wide, folder / "step")
-    figures["tune_step_no_round_trip_ms"], _ = measure_step(wide, folder / "instant", round_trip=0.0)
-    figures["tune_step_f32_ms"], figures["bytes_per_example_f32"] = measure_step(wide, folder / "f32", dtype="F32", gradient_dtype="F32")
-    figures["torch_update_ms"] = torch_step_ms()
+    times: dict[str, list[float]] = {}
+    for run in range(RUNS):
+        for name, options in STEPS.items():
+            milliseconds, size = measure_step(wide, folder / f"{name}-{run}", **options)
+            times.setdefault(f"tune_step{name}_ms", []).append(milliseconds)
+            figures[f"bytes_per_example{name}"] = size
+        times.setdefault("torch_update_ms", []).append(torch_step_ms())
+    figures |= {name: median(values) for name, values in times.items()}
+    figures |= {"tune_step_lowest_ms": min(times["tune_step_ms"]), "tune_step_highest_ms": max(times["tune_step_ms"])}
+    del figures["bytes_per_example_no_round_trip"]
     return figures | {"petals_bytes_per_example": petals_bytes(WIDE.rows, WIDE.hidden)}
 
 
 def measure(work: Path, folder: Path) -> dict[str, float]:
     """Every figure."""
-    figures, python = installation(work)
     bundle, quality = small_bundle(folder / "small")
-    with start_server(ServerConfig(fm=nano_folder(), bundle=bundle.folder)) as server:
-        figures["rss_mb"] = resident_mb(python, server.address, folder)
+    figures = installation(work, bundle.folder, folder)
     (latency,) = (entry for entry in quality.latency if entry.tokens == 128)
     figures |= {"encode_p50_ms_128": latency.milliseconds, "encode_float32_p50_ms_128": latency.float32_milliseconds}
     figures |= {"encode_cosine": quality.cosine_x, "fm_loss_change": quality.loss_change, "encode_megabytes": quality.size / 1e6}
