@@ -74,7 +74,11 @@ class Result:
 
     def p99(self) -> float:
         """Of the time to the first token, in seconds."""
-        return float(np.quantile(self.first, 0.99))
+        return p99(self.first)
+
+
+def p99(values: list[float]) -> float:
+    return float(np.quantile(values, 0.99))
 
 
 class Clients:

@@ -11,6 +11,7 @@ from trustbench.server import Server
 TIMES = 10
 """Capacity."""
 WARM_UP = 3.0
+ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,19 @@ def overload(server: Server, batch: int, seconds: float) -> tuple[Measured, Meas
     return peak, patient, measured(server, Demand(clients=0, per_second=per_second, warm_up=WARM_UP), seconds)
 
 
-def light_tenant(server: Server, streams: int, flood: int) -> tuple[Result, Result]:
-    """A client that sends one stream at a time: alone, then beside a tenant with `flood` clients."""
+def light_tenant(server: Server, streams: int, flood: int) -> tuple[list[float], list[float]]:
+    """Seconds to the first token of a client that sends one stream at a time: alone, and beside a tenant with `flood` clients. In turns,
+    so that what else the machine does falls on both."""
     light = Demand(tenant="other", clients=1, warm_up=WARM_UP, seed=1)
-    alone = Clients(server, light, streams).wait()
-    flooding = Clients(server, Demand(clients=flood))
-    try:
-        beside = Clients(server, light, streams).wait()
-    finally:
-        flooding.stop()
+    alone, beside = list[float](), list[float]()
+    for _ in range(ROUNDS):
+        alone += Clients(server, light, streams // ROUNDS).wait().first
+        flooding = Clients(server, Demand(clients=flood))
+        try:
+            beside += Clients(server, light, streams // ROUNDS).wait().first
+        finally:
+            flooding.stop()
+        server.wait_idle()
     return alone, beside
 
 

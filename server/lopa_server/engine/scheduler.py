@@ -3,16 +3,17 @@
 Two kinds of step:
 
 - **tokens**: one forward pass for streams. Every decoding row reads one position; what is left of the step's budget
-  reads pieces of prompts, so that a long prompt never stops the others.
+  reads pieces of prompts, so that a long prompt never stops the others. Beside a tenant that fills the batch, others' prompts go
+  first (see `crowding`).
 - **pairs**: one bounded micro-batch of likelihoods (see `pair_queue`).
 
 Blocks are handed out as sequences grow. When the pool is empty, the request that came last gives all its blocks back and
 is computed again later: admitted work never fails for want of room.
 
-Interactive work goes first but no work starves: when both kinds are waiting, interactive work gets `interactive_share` of
-the time, measured. A micro-batch pauses for them: after about a step's time of its own they have steps of theirs, in the
-middle of it. While streams run it is kept so small that at the measured pace none of the parts between which it can pause
-takes longer than half a step of theirs, or it holds one pair.
+Interactive work goes first but no work starves (see `time_sharing`): when both kinds are waiting, interactive work gets
+`interactive_share` of the time, measured. A micro-batch pauses for them: after about a step's time of its own they have steps of
+theirs, in the middle of it. While streams run it is kept so small that at the measured pace none of the parts between which it
+can pause takes longer than half a step of theirs, or it holds one pair.
 """
 
 from __future__ import annotations
@@ -22,17 +23,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lopa_server.engine.block_manager import BlockManager
+from lopa_server.engine.crowding import Crowding
 from lopa_server.engine.fair_queue import FairQueue
 from lopa_server.engine.pair_queue import PairCost, PairKind, PairQueue, PairStep
 from lopa_server.engine.sequences import SequenceState
+from lopa_server.engine.time_sharing import TimeSharing
 from lopa_server.engine.waiting import WaitingQueue, WaitingRequest
 
-SMOOTHING = 0.2
-"""Weight of the newest step in a running mean."""
-OUTLIER = 2.0
-"""A step counts as so many times the usual one at most: one that reads prompts says little about the next."""
-PART_OF_STEP = 0.5
-"""What a micro-batch can't be interrupted in takes this part of a step of streams at most, unless it is a single pair."""
 SMALLEST_STEP = 64
 """Positions. A device without memory for so few has none for anything."""
 
@@ -105,14 +102,8 @@ class Scheduler:
         self._preempted: deque[SequenceState] = deque()
         """They go before everybody who waits, the one that came first in front."""
         self._pairs = PairQueue(positions=limits.pair_positions, targets=limits.pair_targets, similar=limits.similar, weight=limits.weight)
-        self._interactive_credit = 0.0
-        """Seconds that interactive work may still take before pairs have their turn."""
-        self._token_seconds = 0.0
-        """How long a step of streams takes: a running mean."""
-        self._part_pace: dict[PairKind, float] = {}
-        """Seconds a position that the longest part of a micro-batch takes, likewise; by kind, once measured."""
-        self._owed = False
-        """Streams have a step to come before pairs go on."""
+        self._time = TimeSharing(limits.interactive_share)
+        self._crowding = Crowding(limits.max_batch)
         self._holding = False
         """A micro-batch under way holds blocks of the pool."""
         self.preemptions = 0
@@ -172,27 +163,25 @@ class Scheduler:
     def next_step(self) -> Step | None:
         """The next step, or None when there is nothing to do. What it names counts as computed."""
         interactive = bool(self._known)
-        if self._pairs and (not interactive or self._interactive_credit <= 0):
-            step = self._pairs.next_step(self.blocks, self._positions_beside_streams() if self._running else None)
+        if self._pairs and (not interactive or self._time.pairs_turn):
+            beside = self._time.positions_beside_streams(self._limits.pair_positions) if self._running else None
+            step = self._pairs.next_step(self.blocks, beside)
             self._holding = any(row.table for row in step.rows)
             return step
         return self._token_step() if interactive else None
 
     def pauses_pairs(self, seconds: float) -> bool:
         """Whether a micro-batch that has had the device for so long since its last pause lets streams go first now."""
-        share = self._limits.interactive_share
-        return bool(self._known) and seconds >= self._token_seconds * (1 - share) / share
+        return bool(self._known) and self._time.pauses(seconds)
 
     def pause_pairs(self, seconds: float) -> None:
         """A micro-batch pauses after so long: streams are owed their share of the time, and one step at least."""
-        share = self._limits.interactive_share
-        self._interactive_credit, self._owed = seconds * share / (1 - share), True
+        self._time.pause(seconds)
 
     def next_in_pause(self) -> TokenStep | None:
         """The next step of streams while a micro-batch pauses, or None when it goes on."""
-        if not self._known or (not self._owed and self._interactive_credit <= self._token_seconds / 2):
+        if not self._known or not self._time.goes_on_without_pairs():
             return None
-        self._owed = False
         step = self._token_step()
         return step if step.rows else None
 
@@ -211,20 +200,9 @@ class Scheduler:
         Of pairs, since their last pause, and the longest part in which they could not pause; by default all of it.
         """
         if isinstance(step, PairStep):
-            share = self._limits.interactive_share
-            self._interactive_credit = seconds * share / (1 - share)
-            if step.positions:
-                pace = (seconds if part is None else part) / step.positions
-                self._part_pace[step.kind] = _mean(self._part_pace.get(step.kind, pace), pace)
+            self._time.pairs_took(step.kind, seconds, seconds if part is None else part, step.positions)
         else:
-            self._interactive_credit -= seconds
-            usual = self._token_seconds or seconds
-            self._token_seconds = _mean(usual, min(seconds, OUTLIER * usual))
-
-    def _positions_beside_streams(self) -> int:
-        """Positions of pairs whose parts take about half as long as one step of streams; the slower kind's pace counts."""
-        slowest = max(self._part_pace.values(), default=0.0)
-        return int(self._token_seconds * PART_OF_STEP / slowest) if slowest else self._limits.pair_positions
+            self._time.streams_took(seconds)
 
     def end_pairs(self, step: PairStep, *, reliable: bool = True) -> None:
         """A micro-batch is over: its prefixes' blocks are free again. reliable: as in `remove`."""
@@ -236,26 +214,51 @@ class Scheduler:
 
     def _token_step(self) -> TokenStep:
         self._make_way()
+        self._crowding.look(self._running.values(), (self._known[name].tenant for name in self._queue.candidates()))
+        crowd = self._crowding.tenant
+        if crowd is not None and self._crowding.gives_way(self._newcomer(crowd), self._running.values()):
+            rows = self._rows(crowd, 0)
+            if rows:
+                return TokenStep(rows)
+        return TokenStep(self._rows(crowd, self._crowding.allowance(self._limits.step_positions)))
+
+    def _newcomer(self, crowd: str) -> SequenceState | None:
+        """Whose prompt is read first, with a place in the batch now, if its tenant has had less than the crowd."""
+        first = self._next_reader({}, admit=True)
+        return first if first is not None and self._rank(first) < self._queue.rank(crowd) else None
+
+    def _rows(self, crowd: str | None, allowance: int) -> tuple[TokenRow, ...]:
+        """Every row that decodes, then pieces of prompts as the budget allows.
+
+        allowance: positions of the crowd's prompts; 0: nothing of the crowd at all.
+        """
         rows: dict[str, TokenRow] = {}
         budget = max(self._limits.step_positions, len(self._running) + 1)
         preemptions = self.preemptions
-        decoding = [sequence for sequence in self._running.values() if sequence.left == 1]
+        decoding = deque(row for row in self._running.values() if row.left == 1 and (allowance or row.tenant != crowd))
         while budget:
-            sequence = decoding.pop(0) if decoding else self._next_reader(rows, admit=self.preemptions == preemptions)
-            if sequence is None:
-                break
+            if decoding:
+                sequence = decoding.popleft()
+            else:
+                found = self._next_reader(rows, admit=self.preemptions == preemptions, without=None if allowance else crowd)
+                if found is None:
+                    break
+                sequence = found
             count = min(sequence.left, budget)
+            if sequence.tenant == crowd and sequence.left > 1:
+                count = min(count, allowance)
+                allowance -= count
             if sequence.id in self._running and self._make_room(sequence, sequence.computed + count, rows):
                 budget -= count
                 rows[sequence.id] = self._row(sequence, count)
-        return TokenStep(tuple(rows.values()))
+        return tuple(rows.values())
 
-    def _next_reader(self, rows: Mapping[str, TokenRow], *, admit: bool) -> SequenceState | None:
+    def _next_reader(self, rows: Mapping[str, TokenRow], *, admit: bool, without: str | None = None) -> SequenceState | None:
         """Whose prompt is read next in this step: of those in the batch and, if they may be admitted, those who wait, the one whose
-        tenant has had least."""
-        reading = (sequence for sequence in self._running.values() if sequence.left > 1 and sequence.id not in rows)
+        tenant has had least. without: a tenant that is left out."""
+        reading = (row for row in self._running.values() if row.left > 1 and row.id not in rows and row.tenant != without)
         reader = min(reading, key=self._rank, default=None)
-        return (self._admit(reader) if admit else None) or reader
+        return (self._admit(reader, without) if admit else None) or reader
 
     def _rank(self, sequence: SequenceState) -> tuple[float, int]:
         return self._queue.rank(sequence.tenant)
@@ -297,7 +300,7 @@ class Scheduler:
         del self._running[sequence.id]
         self._preempted.appendleft(sequence)
 
-    def _admit(self, reader: SequenceState | None = None) -> SequenceState | None:
+    def _admit(self, reader: SequenceState | None = None, without: str | None = None) -> SequenceState | None:
         """Give the next waiting request that fits a place; none, if a `reader` in the batch goes before it.
 
         Those who lost their blocks go before everybody whose tenant has not had less, and nobody passes them when they don't fit.
@@ -308,7 +311,7 @@ class Scheduler:
         back = min(self._preempted, key=self._rank, default=None)
         if back is not None:
             names = [*(name for name in names if self._rank(self._known[name]) < self._rank(back)), back.id]
-        name = next((name for name in names if self._fits(self._known[name])), None)
+        name = next((name for name in names if self._known[name].tenant != without and self._fits(self._known[name])), None)
         if name is None or (reader is not None and self._rank(reader) <= self._rank(self._known[name])):
             return None
         sequence = self._known[name]
@@ -327,8 +330,3 @@ class Scheduler:
         promised = sum(row.missing(self.blocks, len(row.content)) + 1 for row in self._running.values())
         alone = not self._running and not self._holding
         return alone or needed + promised <= self.blocks.free
-
-
-def _mean(mean: float, value: float) -> float:
-    """A running mean that follows changes within some ten steps."""
-    return mean + SMOOTHING * (value - mean)
