@@ -42,7 +42,7 @@ class Size:
     overload_seconds: float = 300.0
     light_streams: int = 300
     tunes: int = 16
-    tune_steps: int = 400
+    tune_steps: int = 100
     kills: int = 200
     soak_seconds: float = 1200.0
     timing_trials: int = 1000
@@ -109,6 +109,7 @@ def overloaded(folder: Path, size: Size) -> Figures:
         "overload_goodput_impatient_per_server_cpu": phases["impatient"].tokens_per_cpu_second / phases["peak"].tokens_per_cpu_second,
         "overload_refusals": sum(patient.refusals.values()),
         "overload_refusals_impatient": sum(impatient.refusals.values()),
+        "overload_refusal_cpu_ms": 1000 * phases["impatient"].refusal_cpu_seconds(phases["peak"]),
         "overload_unhelpful_refusals": patient.unhelpful + impatient.unhelpful,
         "overload_p99_ttft_ms": 1000 * patient.p99(),
         "overload_p99_ttft_impatient_ms": 1000 * impatient.p99(),

@@ -149,8 +149,9 @@ class Streams:
 
 
 @contextmanager
-def killed_at_random(victim: Victim, devices: Devices, kills: int, seed: int) -> Iterator[Counter[str]]:
-    """Inside: so many kills of the server, and about half as many of its engine and of devices each, until the body is done."""
+def killed_at_random(victim: Victim, devices: Devices, kills: int, seed: int, last: threading.Event) -> Iterator[Counter[str]]:
+    """Inside: so many kills of the server, and about half as many of its engine and of devices each, until the body is done. Sets
+    `last` after the last one."""
     rng, over, done = random.Random(seed), threading.Event(), Counter[str]()
 
     def run() -> None:
@@ -163,6 +164,7 @@ def killed_at_random(victim: Victim, devices: Devices, kills: int, seed: int) ->
                 victim.kill(signal.SIGKILL if what == "server" else signal.SIGUSR1)
                 done[what] += 1
             victim.ensure()
+        last.set()
         while not over.wait(1.0):
             victim.ensure()
 
@@ -176,7 +178,7 @@ def killed_at_random(victim: Victim, devices: Devices, kills: int, seed: int) ->
 
 
 def chaos(folder: Path, tunes: int, steps: int, kills: int) -> Chaos:
-    """The same tunes twice: undisturbed, then with kills until that many have happened or all tunes are done."""
+    """The same tunes twice: undisturbed, then with kills, and streams beside them, until that many have happened or all tunes are done."""
     victim, over = Victim(folder / "server"), threading.Event()
     victim.ensure()
     try:
@@ -186,7 +188,7 @@ def chaos(folder: Path, tunes: int, steps: int, kills: int) -> Chaos:
         streaming = threading.Thread(target=streams.run, args=(over.is_set,))
         streaming.start()
         devices = Devices(victim.address, folder / "wild", tunes, steps)
-        with killed_at_random(victim, devices, kills, seed=1) as done:
+        with killed_at_random(victim, devices, kills, seed=1, last=over) as done:
             try:
                 devices.wait()
             finally:

@@ -27,6 +27,11 @@ class Measured:
         """What the server made of the CPU that it got: less at the mercy of others on the machine than tokens a second."""
         return self.clients.rate / self.server_cpu
 
+    def refusal_cpu_seconds(self, peak: Measured) -> float:
+        """What a refusal cost the server: what is left of its CPU time if tokens cost as much as at the peak."""
+        beyond = self.server_cpu - self.clients.rate / peak.tokens_per_cpu_second
+        return beyond * self.clients.seconds / max(1, sum(self.clients.refusals.values()))
+
     @property
     def generator_share(self) -> float:
         """Part of the CPU time that was used which the clients used."""

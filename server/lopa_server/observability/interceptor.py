@@ -17,6 +17,7 @@ from google.rpc import error_details_pb2, status_pb2
 from lopa_server.observability.metrics import Metrics
 
 DETAILS = "grpc-status-details-bin"
+CODES = {known.value[0]: known for known in grpc.StatusCode}
 OTHER = "other"
 """Label of methods that this server doesn't know, whatever they are called."""
 
@@ -122,9 +123,8 @@ def ended_with(context: Any, error: BaseException | None) -> grpc.StatusCode:
         left = context.time_remaining()
         return grpc.StatusCode.DEADLINE_EXCEEDED if left is not None and left <= 0 else grpc.StatusCode.CANCELLED
     code = context.code()
-    codes = {known.value[0]: known for known in grpc.StatusCode}
     if isinstance(code, int):
-        code = codes.get(code)
+        code = CODES.get(code)
     if error is not None and code in (None, grpc.StatusCode.OK):
         return grpc.StatusCode.UNKNOWN
     return code or grpc.StatusCode.OK
