@@ -19,8 +19,13 @@ ROWS, OWN, NEW = 10, 54, 64
 PERSONAL = Workload(concurrency=32, requests=32, users=32, rows=ROWS, prompt_tokens=(OWN, OWN), new_tokens=(NEW, NEW))
 PLAIN = dataclasses.replace(PERSONAL, users=0, prompt_tokens=(ROWS + OWN, ROWS + OWN))
 
+SHORT = dataclasses.replace(PERSONAL, rows=7, prompt_tokens=(ROWS + OWN - 7, ROWS + OWN - 7))
+"""As many positions with too few soft rows to fill a block of the cache: nobody, not even one user, is served from it."""
+
 LENGTHS = (8, 512)
 """Of S-LoRA's synthetic trace."""
+UNCACHED = ", nothing from the cache"
+"""Ends the names of rows with SHORT's prompts."""
 
 
 class LoadFailed(RuntimeError):
@@ -69,20 +74,20 @@ def ratio(rows: Iterable[Mapping[str, Any]], over: str, under: str) -> float:
 
 
 def by_users(server: Server, rounds: int, counts: Iterable[int], requests: int) -> list[dict[str, Any]]:
-    """Throughput when requests come from so many users, and from the plain model (0 users), in turn. Every prompt is new."""
-    counts = (0, *counts)
-    speeds: dict[int, list[float]] = {count: [] for count in counts}
+    """Throughput when requests come from so many users, and from the plain model, in turn. Every prompt is new.
+
+    The fewest and the most users once more with prompts of which nothing is in the prefix cache.
+    """
+    counts = tuple(counts)
+    bases = {"plain model": PLAIN} | {f"{count} users": dataclasses.replace(PERSONAL, users=count) for count in counts}
+    bases |= {f"{count} users{UNCACHED}": dataclasses.replace(SHORT, users=count) for count in (min(counts), max(counts))}
+    speeds: dict[str, list[float]] = {name: [] for name in bases}
     for number in range(rounds):
-        order = counts if number % 2 == 0 else counts[::-1]
-        for count in order:
-            base = PERSONAL if count else PLAIN
+        for name in list(bases) if number % 2 == 0 else list(bases)[::-1]:
             # A skew of almost nothing: users are drawn, all alike, instead of taking turns from the first one on.
-            workload = dataclasses.replace(base, users=count, requests=requests, skew=1e-9, seed=1000 + number)
-            speeds[count].append(summarize(run(server, workload)).tokens_per_second)
-    return [
-        {"name": f"{count} users" if count else "plain model", "tokens_per_second": median(speeds[count]), "rounds": speeds[count]}
-        for count in counts
-    ]
+            workload = dataclasses.replace(bases[name], requests=requests, skew=1e-9, seed=1000 + number)
+            speeds[name].append(summarize(run(server, workload)).tokens_per_second)
+    return [{"name": name, "tokens_per_second": median(values), "rounds": values} for name, values in speeds.items()]
 
 
 def everybody_once(server: Server, users: int) -> Mapping[str, float]:
