@@ -203,26 +203,43 @@ def test_a_compiler_that_fails_is_not_available(fresh: Path, monkeypatch: pytest
 @needs_kernels
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
-def test_norms_are_fused_where_they_compute_the_same(tmp_path: Path, family: str, dtype: str) -> None:
+def test_modules_are_fused_where_they_compute_the_same(tmp_path: Path, family: str, dtype: str) -> None:
     fm = load_foundation_model(build_tiny_fm(tmp_path / family, family=family), dtype=dtype, device="cpu")
-    norms = [module for module in fm.model.modules() if type(module).__name__.endswith("RMSNorm")]
-    assert fm.fusions is not None and len(fm.fusions) == len(norms)
-    for norm in norms:
-        rows = torch.randn(1, 7, len(norm.weight)).to(fm.dtype)
-        fused = norm(rows)
+    kinds = ("RMSNorm", "MLP") if family == "llama" else ("RMSNorm",)
+    modules = [module for module in fm.model.modules() if type(module).__name__.endswith(kinds)]
+    assert fm.fusions is not None and len(fm.fusions) == len(modules)
+    tolerance = 2**-6 if dtype == "bfloat16" else 1e-5
+    for module in modules:
+        rows = torch.randn(1, 7, fm.spec.hidden_size).to(fm.dtype)
+        fused, plain = module(rows), _differentiated(module, rows)
         fm.fusions.off()
-        torch.testing.assert_close(fused, norm(rows))
-        theirs = _gradient(norm, rows)
+        theirs = _differentiated(module, rows)
         fm.fusions.on()
-        torch.testing.assert_close(
-            _gradient(norm, rows), theirs, rtol=0.0, atol=(2**-7 if dtype == "bfloat16" else 1e-5) * float(theirs.abs().max())
-        )
+        for ours, own in zip((fused, *plain), (theirs[0], *theirs), strict=True):
+            torch.testing.assert_close(ours, own, rtol=0.0, atol=tolerance * float(own.abs().max()))
 
 
-def _gradient(norm: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
+def _differentiated(module: torch.nn.Module, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What it gives, and the gradient of its rows."""
     rows = rows.clone().requires_grad_()
-    values = norm(rows)
-    return torch.autograd.grad(values, rows, torch.linspace(-1, 1, values.numel(), dtype=values.dtype).view_as(values) ** 3)[0]
+    values = module(rows)
+    flowing = torch.linspace(-1, 1, values.numel(), dtype=values.dtype).view_as(values) ** 3
+    return values.detach(), torch.autograd.grad(values, rows, flowing)[0]
+
+
+@needs_kernels
+def test_arrays_that_do_not_go_together_never_reach_the_kernels() -> None:
+    rows, elementwise = torch.zeros(3, 16), KERNELS.elementwise
+    for other in (torch.zeros(3, 8), torch.zeros(2, 16), torch.zeros(3, 16).bfloat16(), torch.zeros(3, 16).double()):
+        with pytest.raises(IndexError):
+            elementwise.silu_mul(rows, other)
+        with pytest.raises(IndexError):
+            elementwise.silu_mul_backward(other, rows, rows)
+        with pytest.raises(IndexError):
+            elementwise.rms_norm_backward(other, rows, torch.ones(16), 1e-6, 0.0)
+    for weight in (torch.ones(8), torch.ones(16).bfloat16(), torch.ones(32)[::2]):
+        with pytest.raises(IndexError):
+            elementwise.rms_norm(rows, weight, 1e-6, 0.0)
 
 
 @needs_kernels
@@ -237,3 +254,17 @@ def test_a_norm_that_computes_something_else_keeps_its_own_forward() -> None:
             return rows * (self.weight + 2) / (rows.norm(dim=-1, keepdim=True) + self.eps)
 
     assert len(Fusions(torch.nn.Sequential(OddRMSNorm()), KERNELS)) == 0
+
+
+@needs_kernels
+def test_a_norm_that_takes_more_than_rows_keeps_its_own_forward() -> None:
+    class GatedRMSNorm(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(16))
+            self.eps = 1e-6
+
+        def forward(self, rows: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+            return rows * self.weight * gate
+
+    assert len(Fusions(torch.nn.Sequential(GatedRMSNorm()), KERNELS)) == 0

@@ -1,7 +1,7 @@
 """Fewer passes over memory between a model's products, without touching its code: modules that are known by what they compute.
 
-A module gets a fused forward only if that gives its own values on trial inputs, so an architecture that does something else
-under a familiar name keeps its own.
+A module gets a fused forward only if that gives its own values and gradients on trial inputs, so an architecture that does
+something else under a familiar name keeps its own.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lopa_server.engine.torch_engine.native.kernels import DTYPES, Kernels
+from lopa_server.engine.torch_engine.native.elementwise import DTYPES, Elementwise
+from lopa_server.engine.torch_engine.native.kernels import Kernels
+from lopa_server.engine.torch_engine.packed import PackedLinear
 
 TRIAL_SCALES = (0.02, 1.0, 50.0)
 """Of the trial inputs: what a model's layers may meet."""
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
-"""Relative: bfloat16's last bits, or float32's, whose sums depend on their order."""
+"""Relative to a row's largest number: bfloat16's last bits, or float32's, whose sums depend on their order."""
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -32,7 +34,7 @@ class Fusions:
         if kernels is None:
             return
         for module in model.modules():
-            forward = _norm(module, kernels)
+            forward = _norm(module, kernels.elementwise) or _gated(module, kernels.elementwise)
             if forward is not None:
                 self._forwards[module] = forward
         self.on()
@@ -50,7 +52,7 @@ class Fusions:
             del module.forward
 
 
-def _norm(module: nn.Module, kernels: Kernels) -> Forward | None:
+def _norm(module: nn.Module, kernels: Elementwise) -> Forward | None:
     """A root-mean-square norm in one pass: Llama's kind scales by the weight, Gemma's by 1 + weight."""
     weight = getattr(module, "weight", None)
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
@@ -60,18 +62,28 @@ def _norm(module: nn.Module, kernels: Kernels) -> Forward | None:
         return None
     own = module.forward
     for offset in (0.0, 1.0):
-        norm = _Norm(kernels, module, epsilon, offset)
-        fused = functools.partial(_normalized, own, norm)
-        if _agree(own, fused, weight):
+        fused = functools.partial(_normalized, own, _Norm(kernels, module, epsilon, offset))
+        if _agree(own, fused, len(weight), weight.dtype):
             return fused
     return None
+
+
+def _gated(module: Any, kernels: Elementwise) -> Forward | None:
+    """A feed-forward part with a gate, where the gate's SiLU and its product with the rest are one pass."""
+    layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    activation = type(getattr(module, "act_fn", None)).__name__
+    if not all(isinstance(layer, nn.Linear | PackedLinear) for layer in layers) or activation not in ("SiLU", "SiLUActivation"):
+        return None
+    fused = functools.partial(_through_gate, module, kernels)
+    dtype = next((tensor.dtype for tensor in module.parameters()), torch.bfloat16)  # packed layers have no parameters
+    return fused if dtype in DTYPES and _agree(module.forward, fused, module.gate_proj.in_features, dtype) else None
 
 
 @dataclass(frozen=True)
 class _Norm:
     """A module's norm as the kernels compute it."""
 
-    kernels: Kernels
+    kernels: Elementwise
     module: Any
     epsilon: float
     offset: float
@@ -83,7 +95,7 @@ class _Norm:
         return self.kernels.rms_norm_backward(flowing, rows, self.module.weight, self.epsilon, self.offset)
 
 
-class _Differentiated(torch.autograd.Function):
+class _DifferentiatedNorm(torch.autograd.Function):
     """The norm with a gradient for its rows only: the weight is frozen."""
 
     @staticmethod
@@ -97,22 +109,50 @@ class _Differentiated(torch.autograd.Function):
         return ctx.norm.backward(gradients[0], *ctx.saved_tensors), None
 
 
+class _DifferentiatedGate(torch.autograd.Function):
+    """SiLU of the gate, times up."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, kernels: Elementwise) -> torch.Tensor:
+        ctx.kernels = kernels
+        ctx.save_for_backward(gate, up)
+        return kernels.silu_mul(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        return (*ctx.kernels.silu_mul_backward(gradients[0], *ctx.saved_tensors), None)
+
+
 def _normalized(own: Forward, norm: _Norm, rows: torch.Tensor) -> torch.Tensor:
     if rows.dtype != norm.module.weight.dtype:
         return own(rows)
     if rows.requires_grad and torch.is_grad_enabled():
-        return _Differentiated.apply(rows, norm)  # type: ignore[no-untyped-call]
+        return _DifferentiatedNorm.apply(rows, norm)  # type: ignore[no-untyped-call]
     return norm(rows)
 
 
-def _agree(own: Forward, fused: Forward, weight: torch.Tensor) -> bool:
-    """Values, and gradients relative to the largest of their row: a sum of numbers that cancel is no more exact than these."""
+def _through_gate(module: Any, kernels: Elementwise, rows: torch.Tensor) -> torch.Tensor:
+    gate, up = module.gate_proj(rows), module.up_proj(rows)
+    if gate.requires_grad and torch.is_grad_enabled():
+        return module.down_proj(_DifferentiatedGate.apply(gate, up, kernels))  # type: ignore[no-untyped-call]
+    return module.down_proj(kernels.silu_mul(gate, up))
+
+
+def _agree(own: Forward, fused: Forward, width: int, dtype: torch.dtype) -> bool:
+    """Values and gradients on trial inputs, each relative to the largest of its row: sums of numbers that cancel are no more exact."""
     generator = torch.Generator().manual_seed(0)
-    rows, flowing = torch.randn(2, len(TRIAL_SCALES), 4, len(weight), generator=generator).to(weight.dtype).unbind()
-    rows = (rows * torch.tensor(TRIAL_SCALES, dtype=weight.dtype)[:, None, None]).requires_grad_()
+    rows, flowing = torch.randn(2, len(TRIAL_SCALES), 4, width, generator=generator).to(dtype).unbind()
+    rows = (rows * torch.tensor(TRIAL_SCALES, dtype=dtype)[:, None, None]).requires_grad_()
     with torch.enable_grad():
-        theirs, ours = own(rows), fused(rows)
-        their_gradient, our_gradient = (torch.autograd.grad(values, rows, flowing)[0].float() for values in (theirs, ours))
-    tolerance = TOLERANCE[weight.dtype]
-    error = (their_gradient - our_gradient).abs() / their_gradient.abs().amax(dim=-1, keepdim=True)
-    return torch.allclose(theirs.float(), ours.float(), rtol=tolerance, atol=tolerance) and bool((error <= tolerance).all())
+        try:
+            theirs = own(rows)
+        except TypeError:
+            return False  # it takes more than rows
+        ours = fused(rows)
+        pairs = [(theirs, ours), tuple(torch.autograd.grad(values, rows, flowing)[0] for values in (theirs, ours))]
+    return all(bool((_differences(*pair) <= TOLERANCE[dtype]).all()) for pair in pairs)
+
+
+def _differences(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
+    theirs, ours = theirs.detach().float(), ours.detach().float()
+    return (theirs - ours).abs() / theirs.abs().amax(dim=-1, keepdim=True)

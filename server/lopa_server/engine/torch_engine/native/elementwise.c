@@ -96,3 +96,59 @@ void lopa_rms_norm_backward(void *out, const void *flowing, const void *x, const
         else
             norm_row_backward(out, flowing, x, weight, row * width, width, epsilon, offset, early, 0);
 }
+
+/* e^x within 2 ulp for x from -87 to 88, and as at these ends beyond them (Cephes' polynomial). */
+INLINE float exponential(float x)
+{
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    const float whole = (x * 1.44269504f + 12582912.0f) - 12582912.0f; /* rounds to an integer */
+    const float r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    float p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    const union number power = {.bits = (uint32_t)((int32_t)whole + 127) << 23};
+    return (p * r * r + r + 1.0f) * power.value;
+}
+
+INLINE void silu_mul_row(void *out, const void *gate, const void *up, int64_t at, int64_t width, int bfloat16)
+{
+#pragma omp simd
+    for (int64_t i = at; i < at + width; i++) {
+        const float x = load(gate, i, bfloat16);
+        store(out, i, rounded(x / (1.0f + exponential(-x)), bfloat16) * load(up, i, bfloat16), bfloat16);
+    }
+}
+
+/* SiLU of the gate, times up. */
+void lopa_silu_mul(void *out, const void *gate, const void *up, int64_t rows, int64_t width, int bfloat16)
+{
+#pragma omp parallel for if (rows * width >= 1 << 14)
+    for (int64_t row = 0; row < rows; row++)
+        if (bfloat16)
+            silu_mul_row(out, gate, up, row * width, width, 1);
+        else
+            silu_mul_row(out, gate, up, row * width, width, 0);
+}
+
+INLINE void silu_mul_row_backward(void *of_gate, void *of_up, const void *flowing, const void *gate, const void *up, int64_t at, int64_t width, int bfloat16)
+{
+#pragma omp simd
+    for (int64_t i = at; i < at + width; i++) {
+        const float x = load(gate, i, bfloat16), g = load(flowing, i, bfloat16), sigmoid = 1.0f / (1.0f + exponential(-x));
+        store(of_up, i, g * rounded(x * sigmoid, bfloat16), bfloat16);
+        store(of_gate, i, rounded(g * load(up, i, bfloat16), bfloat16) * sigmoid * (1.0f + x * (1.0f - sigmoid)), bfloat16);
+    }
+}
+
+/* The gradients of gate and up, from that of the product. */
+void lopa_silu_mul_backward(void *of_gate, void *of_up, const void *flowing, const void *gate, const void *up, int64_t rows, int64_t width, int bfloat16)
+{
+#pragma omp parallel for if (rows * width >= 1 << 14)
+    for (int64_t row = 0; row < rows; row++)
+        if (bfloat16)
+            silu_mul_row_backward(of_gate, of_up, flowing, gate, up, row * width, width, 1);
+        else
+            silu_mul_row_backward(of_gate, of_up, flowing, gate, up, row * width, width, 0);
+}

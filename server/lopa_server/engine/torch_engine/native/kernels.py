@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from lopa_server.engine.torch_engine.native.build import NotAvailable, load_library
+from lopa_server.engine.torch_engine.native.elementwise import DTYPES, Elementwise
 
 if TYPE_CHECKING:
     from lopa_server.engine.torch_engine.attention import Score
@@ -24,7 +25,6 @@ log = logging.getLogger(__name__)
 
 LANES, MAX_WIDTH = 8, 256
 """As in attention.c: head widths are multiples of LANES up to MAX_WIDTH."""
-DTYPES = (torch.float32, torch.bfloat16)
 
 
 class _Pool(ctypes.Structure):
@@ -113,11 +113,8 @@ class Kernels:
         self._decode, self._write = library.lopa_decode, library.lopa_write
         self._decode.argtypes = [ctypes.POINTER(_Decode), ctypes.POINTER(_Pool)]
         self._write.argtypes = [ctypes.POINTER(_Pool), ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 4]
-        self._rms_norm = library.lopa_rms_norm
-        self._rms_norm.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_int64, ctypes.c_float, ctypes.c_float, ctypes.c_int32]
-        self._rms_norm_backward = library.lopa_rms_norm_backward
-        self._rms_norm_backward.argtypes = [ctypes.c_void_p, *self._rms_norm.argtypes]
-        self._decode.restype = self._write.restype = self._rms_norm.restype = self._rms_norm_backward.restype = None
+        self._decode.restype = self._write.restype = None
+        self.elementwise = Elementwise(library)
 
     @staticmethod
     def fit(keys: torch.Tensor, values: torch.Tensor) -> bool:
@@ -177,33 +174,6 @@ class Kernels:
         self._decode(call, _pool(pool))
         return out
 
-    def rms_norm(self, rows: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> torch.Tensor:
-        """(…, d) rows over the root of their mean square, times offset + weight, (d,).
-
-        Raises:
-            IndexError: shapes or dtypes don't go together.
-        """
-        rows = _check_norm(rows, weight)
-        out, (count, width) = torch.empty_like(rows), _table(rows)
-        self._rms_norm(out.data_ptr(), rows.data_ptr(), weight.data_ptr(), count, width, epsilon, offset, rows.dtype == torch.bfloat16)
-        return out
-
-    def rms_norm_backward(
-        self, flowing: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float
-    ) -> torch.Tensor:
-        """The gradient of the (…, d) rows, from that of their norm.
-
-        Raises:
-            IndexError: shapes or dtypes don't go together.
-        """
-        flowing, rows = _check_norm(flowing, weight), _check_norm(rows, weight)
-        if flowing.shape != rows.shape:
-            raise IndexError(f"a gradient {tuple(flowing.shape)} of the norm of {tuple(rows.shape)}")
-        out, (count, width) = torch.empty_like(rows), _table(rows)
-        arrays = (tensor.data_ptr() for tensor in (out, flowing, rows, weight))
-        self._rms_norm_backward(*arrays, count, width, epsilon, offset, rows.dtype == torch.bfloat16)
-        return out
-
 
 @functools.cache
 def find_kernels() -> Kernels | None:
@@ -230,16 +200,3 @@ def _check_same(keys: torch.Tensor, *others: torch.Tensor) -> None:
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
     """With the numbers of a row side by side."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _check_norm(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The rows, side by side. Raises IndexError where they don't go with the weight."""
-    if weight.shape != rows.shape[-1:] or rows.dtype not in DTYPES or not weight.is_contiguous():
-        raise IndexError(f"norm of {tuple(rows.shape)} with a weight {tuple(weight.shape)}")
-    _check_same(weight, rows)
-    return rows.contiguous()
-
-
-def _table(rows: torch.Tensor) -> tuple[int, int]:
-    """How many rows there are, and their width."""
-    return rows.numel() // rows.shape[-1], rows.shape[-1]

@@ -1,0 +1,89 @@
+"""What stands between a model's products, one pass over memory each. Every bound is checked here: the C code trusts what it gets.
+
+Legend: n rows in all, d their width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Elementwise:
+    """The library's functions of rows, (..., d) each, on CPUs, float32 or bfloat16. All raise IndexError where arrays don't go together."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        shape = [ctypes.c_int64, ctypes.c_int64]
+        norm = [*shape, ctypes.c_float, ctypes.c_float]
+        self._rms_norm = _function(library.lopa_rms_norm, 3, norm)
+        self._rms_norm_backward = _function(library.lopa_rms_norm_backward, 4, norm)
+        self._silu_mul = _function(library.lopa_silu_mul, 3, shape)
+        self._silu_mul_backward = _function(library.lopa_silu_mul_backward, 5, shape)
+
+    def rms_norm(self, rows: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> torch.Tensor:
+        """Rows over the root of their mean square, times offset + weight, (d,)."""
+        (rows,) = _alike(rows)
+        _check_weight(weight, rows)
+        out = torch.empty_like(rows)
+        self._rms_norm(*_places(out, rows, weight), *_shape(rows), epsilon, offset, rows.dtype == torch.bfloat16)
+        return out
+
+    def rms_norm_backward(
+        self, flowing: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float
+    ) -> torch.Tensor:
+        """The gradient of the rows, from that of their norm."""
+        flowing, rows = _alike(flowing, rows)
+        _check_weight(weight, rows)
+        out = torch.empty_like(rows)
+        self._rms_norm_backward(*_places(out, flowing, rows, weight), *_shape(rows), epsilon, offset, rows.dtype == torch.bfloat16)
+        return out
+
+    def silu_mul(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """SiLU of the gate, times up."""
+        gate, up = _alike(gate, up)
+        out = torch.empty_like(gate)
+        self._silu_mul(*_places(out, gate, up), *_shape(gate), gate.dtype == torch.bfloat16)
+        return out
+
+    def silu_mul_backward(self, flowing: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradients of gate and up, from that of `silu_mul`."""
+        flowing, gate, up = _alike(flowing, gate, up)
+        of_gate, of_up = torch.empty_like(gate), torch.empty_like(gate)
+        self._silu_mul_backward(*_places(of_gate, of_up, flowing, gate, up), *_shape(gate), gate.dtype == torch.bfloat16)
+        return of_gate, of_up
+
+
+def _function(function: Any, arrays: int, numbers: Sequence[Any]) -> Any:
+    """With so many arrays, these numbers and whether all is bfloat16 as its arguments."""
+    function.argtypes = [*[ctypes.c_void_p] * arrays, *numbers, ctypes.c_int32]
+    function.restype = None
+    return function
+
+
+def _alike(*arrays: torch.Tensor) -> list[torch.Tensor]:
+    """With the numbers side by side."""
+    first = arrays[0]
+    for array in arrays:
+        if array.shape != first.shape or array.dtype != first.dtype or array.dtype not in DTYPES or array.device.type != "cpu":
+            raise IndexError(f"{array.dtype} {tuple(array.shape)} beside {first.dtype} {tuple(first.shape)}")
+    return [array.contiguous() for array in arrays]
+
+
+def _check_weight(weight: torch.Tensor, rows: torch.Tensor) -> None:
+    if weight.shape != rows.shape[-1:] or weight.dtype != rows.dtype or not weight.is_contiguous() or weight.device.type != "cpu":
+        raise IndexError(f"norm of {rows.dtype} {tuple(rows.shape)} with a weight {weight.dtype} {tuple(weight.shape)}")
+
+
+def _places(*arrays: torch.Tensor) -> list[int]:
+    return [array.data_ptr() for array in arrays]
+
+
+def _shape(rows: torch.Tensor) -> tuple[int, int]:
+    """n and d."""
+    width = rows.shape[-1]
+    return rows.numel() // max(1, width), width
