@@ -19,7 +19,10 @@ def machine() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        cpu = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), cpu)
+        found = dict(line.replace("\t", "").split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        cpu = found.get("model name", cpu).strip()
+        if "cpu family" in found:  # a cloud's processor may have no more of a name than its maker's
+            cpu += f" (family{found['cpu family']}, model{found.get('model', ' ?')})"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     versions = {}
     for name in PACKAGES:
