@@ -68,9 +68,9 @@ def test_beside_others_the_crowds_prompts_are_read_in_small_pieces() -> None:
     token_step(scheduler)
     scheduler.add(sequence("long", 40, tenant="flood"))
     steps = [token_step(scheduler) for _ in range(3)]
-    assert [step["long"][:2] for step in steps] == [(0, 4), (4, 4), (8, 4)] and all(len(step) == 6 for step in steps)
+    assert [step["long"][:2] for step in steps] == [(0, 8), (8, 8), (16, 8)] and all(len(step) == 6 for step in steps)
     scheduler.remove("light")
-    assert token_step(scheduler)["long"][1] == 4, "others may be back soon"
+    assert token_step(scheduler)["long"][1] == 8, "others may be back soon"
     for _ in range(MEMORY):
         token_step(scheduler)
     scheduler.remove("flood0")
