@@ -31,9 +31,10 @@ def encode_examples(encoder: PromptEncoder, examples: Sequence[Example]) -> Enco
     return Encoded(examples, encoder.encode(texts))
 
 
-def pairs_with(encoded: Encoded, soft_prompts: Float32) -> list[Pair]:
-    """Pairs for the wire; soft_prompts: (b, m, d)."""
+def pairs_with(encoded: Encoded, soft_prompts: Float32 | None) -> list[Pair]:
+    """Pairs for the wire; soft_prompts: (b, m, d), None for the plain model."""
+    rows = [None] * len(encoded.examples) if soft_prompts is None else soft_prompts
     return [
         Pair(example.prompt, example.target, soft, example.append_end, example.prefix)
-        for example, soft in zip(encoded.examples, soft_prompts, strict=True)
+        for example, soft in zip(encoded.examples, rows, strict=True)
     ]

@@ -28,6 +28,8 @@ class Progress:
 
     step: int = 0
     """Steps done."""
+    plain_nll: float = float("inf")
+    """Of the plain model."""
     before_nll: float = float("inf")
     """Of the factors that the persona had."""
     best_nll: float = float("inf")
@@ -49,7 +51,7 @@ class Progress:
         """
         progress = cls(**json.loads(text))
         progress.validation = [(step, nll) for step, nll in progress.validation]
-        measured = [progress.before_nll, progress.best_nll, *(nll for _, nll in progress.validation)]
+        measured = [progress.plain_nll, progress.before_nll, progress.best_nll, *(nll for _, nll in progress.validation)]
         counts = [
             progress.step,
             progress.best_step,

@@ -138,12 +138,13 @@ class Tuner:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def _begin(self) -> Flow[TuneState]:
-        """Measure what there is: the persona's factors, and the start if it is another."""
+        """Measure what there is: the plain model, the persona's factors, and the start if it is another."""
+        plain = yield from self._measure(None)
         start = yield from self._measure(self._start)
         before = (yield from self._measure(self._current)) if self._config.fresh else start
         if not math.isfinite(start):
             raise TuningError("the factors to start from give no finite loss; roll back to a sound version or tune with fresh=True")
-        progress = Progress(before_nll=before, best_nll=min(start, before), validation=[(0, start)])
+        progress = Progress(plain_nll=plain, before_nll=before, best_nll=min(start, before), validation=[(0, start)])
         moments = Moments.zeros(self._encoder.bundle.manifest.personal)
         state = TuneState(self._digest(), self._start.tensors, moments, self._current.tensors, progress)
         self._account(progress)
@@ -232,12 +233,14 @@ class Tuner:
         if nll < state.progress.best_nll:
             state.progress.best_nll, state.progress.best_step, state.best = nll, state.progress.step, rounded.tensors
 
-    def _measure(self, factors: Factors) -> Flow[float]:
-        """NLL per target token over the validation examples; infinite for factors that can't be used."""
-        if not factors.finite:
+    def _measure(self, factors: Factors | None) -> Flow[float]:
+        """NLL per target token over the validation examples, None: of the plain model; infinite for factors that can't be used."""
+        if factors is not None and not factors.finite:
             return math.inf
         try:
-            soft = yield from work(lambda: self._encoder.compose(self._validation.instance, factors.tensors))
+            soft = None
+            if factors is not None:
+                soft = yield from work(partial(self._encoder.compose, self._validation.instance, factors.tensors))
             pairs, low = pairs_with(self._validation, soft), self._config.low_priority
             scores = yield from self._ask(lambda: self._session.score(pairs, self._wire, low_priority=low), pairs)
         except (Diverged, FactorsError):
@@ -278,9 +281,9 @@ class Tuner:
         self._job.notify(TuneProgress(progress.step, self._config.steps, loss, nll, progress.before_nll, waiting))
 
     def _finish(self, state: TuneState, resumed_from: int, stopped: Stopped | None) -> TuneReport:
-        """Save the best factors if they are better than what there was, then forget the run; a stopped run is kept instead."""
+        """Save the best factors if they beat what there was and the plain model, then forget the run; a stopped run is kept instead."""
         progress = state.progress
-        kept = stopped is None and progress.best_step > 0
+        kept = stopped is None and progress.best_step > 0 and progress.best_nll < progress.plain_nll
         if kept:
             placement = self._config.placement or "front"
             self._store.append(self._with(state.best), validation_nll=progress.best_nll, placement=placement)
@@ -292,6 +295,7 @@ class Tuner:
             kept=kept,
             version=record.current,
             outcome=stopped or ended,
+            plain_nll=progress.plain_nll,
             start_nll=progress.before_nll,
             best_nll=progress.best_nll,
             end_nll=progress.best_nll if kept else progress.before_nll,

@@ -173,12 +173,15 @@ class TuneReport:
     """
 
     kept: bool
-    """Whether the persona has new factors now. False: nothing changed, because nothing better was found."""
+    """Whether the persona has new factors now. False: nothing changed, because nothing was found that is better than before and than the
+    plain model."""
     version: int
     """The persona's current version."""
     outcome: Outcome
     """"diverged": the soft prompt left the range that the server allows; the best factors before that count. "early_stopped": no
     better measurement for a while. "cancelled", "max_steps", "max_seconds", "max_bytes": stopped; the same call goes on."""
+    plain_nll: float
+    """Of the plain model: factors that are no better than no soft prompt are not kept."""
     start_nll: float
     """Of the factors that the persona had before."""
     best_nll: float

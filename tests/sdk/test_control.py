@@ -115,6 +115,17 @@ def test_early_stopping_keeps_the_best(client: lopa.Client, tmp_path: Path) -> N
     assert not persona.unfinished and persona.version == 1
 
 
+def test_better_than_before_is_not_enough_if_the_plain_model_is_better(client: lopa.Client, tmp_path: Path) -> None:
+    """Factors of another job are a bad start here: a small step improves them, but no soft prompt at all would be better still."""
+    persona = client.personal(tmp_path)
+    prompt = "def f(a, b):\n    return "
+    other, own = ([lopa.Example(prompt, target)] * 2 for target in ("zz zz\n", "a + b\n"))
+    assert persona.tune(other, validation=other, steps=80, batch_size=2, learning_rate=0.1).kept
+    report = persona.tune(own, validation=own, steps=1, batch_size=2, learning_rate=1e-3)
+    assert report.plain_nll < report.best_nll < report.start_nll
+    assert (report.kept, report.version, report.end_nll) == (False, 2, report.start_nll)
+
+
 def test_warmup_rises_and_then_follows_the_schedule() -> None:
     config = lopa.TuneConfig(steps=10, batch_size=1, learning_rate=1.0, weight_decay=0, clip=1, warmup=3)
     rates = [config.rate(step) for step in range(1, 11)]

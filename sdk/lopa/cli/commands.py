@@ -169,7 +169,8 @@ def _tell(report: TuneReport, *, as_json: bool) -> None:
     elif report.kept:
         print(f"version {report.version} saved: {change}, {report.factor_bytes} bytes, {report.seconds:.1f} s")
     else:
-        print(f"nothing changed: no step was better than before ({report.start_nll:.4f} nats per token)")
+        than = f"before ({report.start_nll:.4f} nats per token) and the plain model ({report.plain_nll:.4f})"
+        print(f"nothing changed: no step was better than {than}")
 
 
 def history(folder: Folder, persona: PersonaName = "default", as_json: Json = False) -> None:
