@@ -19,6 +19,7 @@ from lopa.v1 import catalog_pb2, inference_pb2
 from lopa_server.app import ConfigError, RunningServer, ServerConfig, start_server
 from lopa_server.engine.base import Engine, UnsupportedModel
 from lopa_server.limits import ServiceLimits
+from lopa_server.service.servicers import write
 
 from tests.server.bundles import write_bundle
 from tests.server.client import Client, failure, generate_request, pair, soft_prompt, take_apart
@@ -265,3 +266,14 @@ def test_the_thread_that_loaded_the_model_is_gone(tiny_fm: Path) -> None:
     """Its OpenMP threads would slow every step of the engine's own thread down."""
     with start_server(ServerConfig(fm=tiny_fm, threads=1)):
         assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("lopa-load")]
+
+
+def test_a_write_that_fails_because_the_client_left_is_no_error_of_ours() -> None:
+    """gRPC's own exception, as `context.write` raises it now and then when a connection dies in the middle of a message."""
+
+    class Gone:
+        async def write(self, _: object) -> None:
+            raise grpc.aio.InternalError("Failed ExecuteBatch")
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(write(catalog_pb2.BundleChunk(), Gone()))

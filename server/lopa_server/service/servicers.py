@@ -6,11 +6,13 @@ and everything the call held is given back at once instead of when a generator i
 
 from __future__ import annotations
 
+import asyncio
 import time
 from contextlib import aclosing
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
+from grpc import aio
 from lopa.v1 import catalog_pb2, catalog_pb2_grpc, inference_pb2, inference_pb2_grpc, tuning_pb2, tuning_pb2_grpc
 
 from lopa_server.metering.meter import MeteredCall
@@ -34,6 +36,18 @@ def _counted(call: MeteredCall, reply: Reply) -> Reply:
     return reply
 
 
+async def write(reply: Message, context: Any) -> None:
+    """Send one message of a stream.
+
+    A client that goes away in the middle of a write fails the write, instead of the usual cancellation. It is the same event, and
+    nobody is left to tell of an error.
+    """
+    try:
+        await context.write(reply)
+    except aio.InternalError as error:
+        raise asyncio.CancelledError from error
+
+
 class Handlers:
     """What answers; empty while the model is loading. The gate keeps calls out until then."""
 
@@ -55,7 +69,7 @@ class CatalogServicer(catalog_pb2_grpc.CatalogServicer):
             aclosing(self._handlers.catalog.bundle_chunks(request)) as chunks,
         ):
             async for chunk in chunks:
-                await context.write(_counted(call, chunk))
+                await write(_counted(call, chunk), context)
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
@@ -68,7 +82,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             aclosing(self._handlers.requests.generate(request, call, _deadline(context))) as responses,
         ):
             async for response in responses:
-                await context.write(_counted(call, response))
+                await write(_counted(call, response), context)
 
     async def Score(self, request: inference_pb2.ScoreRequest, context: Any) -> inference_pb2.ScoreResponse:
         async with self._gate.call("Score", request, context) as call:
