@@ -1,4 +1,5 @@
 // The prompt encoder: a tokenizer and the bundle's three graphs. It knows tensors by name, no method's meaning.
+import "./quiet.mjs"; // before the runtime is loaded
 import { Tokenizer } from "@huggingface/tokenizers";
 import ort from "onnxruntime-node";
 import { readSafetensors } from "./tensors.mjs";

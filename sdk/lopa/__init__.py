@@ -13,7 +13,13 @@ Names are loaded on first use, so that importing lopa costs nothing.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING
+
+# ONNX Runtime keeps a device id in the user's cache folder and sends usage to its maker, unless told not to before it is loaded; the
+# second name is that of later versions. Whoever wants it sets these otherwise before importing lopa.
+for _name in ("ORT_DISABLE_TELEMETRY", "ORT_TELEMETRY_DISABLED"):
+    os.environ.setdefault(_name, "1")
 
 if TYPE_CHECKING:
     from lopa.archive import import_persona

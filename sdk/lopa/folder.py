@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lopa.bundle import Bundle
-from lopa.errors import FactorsError, FolderError
+from lopa.errors import FactorsError, FolderError, StorageError
 from lopa.factors import Factors
 from lopa.files import locked, make_folder, read_limited, sweep, write_atomic
 from lopa.record import NAME, SCHEMA, Record, Version
@@ -58,19 +58,30 @@ class PersonaStore:
 
     @property
     def exists(self) -> bool:
-        """Whether this persona was created completely."""
-        return (self.folder / "persona.json").is_file()
+        """Whether this persona was created completely.
+
+        Raises:
+            StorageError: the folder can't be read.
+        """
+        try:
+            return (self.folder / "persona.json").is_file()
+        except PermissionError as error:
+            raise _unreadable(self.folder / "persona.json") from error
 
     def create(self, bundle: Bundle) -> None:
         """Write the first version, the bundle's starting values. If another process was faster, its persona stays.
 
         Raises:
-            StorageError: the place can't be written. FactorsError: the bundle's starting values are damaged.
+            StorageError: the place can't be written. FactorsError: the bundle's starting values are damaged. FolderError: there are
+            tuned factors without a record.
         """
         make_folder(self.folder / "factors")
         with self.lock(wait=10.0):
             if self.exists:
                 return
+            if tuned := sorted(path for path in (self.folder / "factors").glob("*.safetensors") if path != self.factors_path(1)):
+                way_out = "put a copy of it back, or begin another persona"
+                raise FolderError(f"persona {self.name} has lost its persona.json, but not its factors ({tuned[-1].name}): {way_out}")
             self.prepare()
             manifest = bundle.manifest
             self._vault = None if self._secret is None else Vault.new(self._secret)
@@ -145,7 +156,7 @@ class PersonaStore:
         """The persona's record as it is on disk now.
 
         Raises:
-            FolderError: there is none, or it is damaged.
+            FolderError: there is none, or it is damaged. StorageError: it can't be read.
         """
         path = self.folder / "persona.json"
         try:
@@ -153,6 +164,8 @@ class PersonaStore:
             return Record.from_json(read_limited(path, _MAX_RECORD_BYTES).decode("utf-8"))
         except FileNotFoundError as error:
             raise FolderError(f"{self.root} has no persona {self.name}") from error
+        except PermissionError as error:
+            raise _unreadable(path) from error
         except DAMAGE as error:
             way_out = "put an earlier copy of the folder or an exported persona in its place, or begin another persona"
             raise FolderError(f"{path} is damaged ({type(error).__name__}: {error}): {way_out}") from error
@@ -243,6 +256,10 @@ class PersonaStore:
         write_atomic(self.folder / "persona.json", record.to_json().encode())
 
 
+def _unreadable(path: Path) -> StorageError:
+    return StorageError(f"{path} can't be read: this process is not allowed to; nothing of it is damaged")
+
+
 def personas(root: Path | str) -> list[str]:
     """Names of the personas in a folder, sorted.
 
@@ -261,7 +278,7 @@ def _check_root(root: Path, *, create: bool) -> None:
     """Check the folder's schema; with `create`, write it when it is not there yet.
 
     Raises:
-        FileNotFoundError: no lopa.json. FolderError: it is damaged, or of another schema.
+        FileNotFoundError: no lopa.json. FolderError: it is damaged, or of another schema. StorageError: it can't be read.
     """
     path = root / "lopa.json"
     if create and not path.exists():
@@ -272,5 +289,7 @@ def _check_root(root: Path, *, create: bool) -> None:
             raise ValueError(f"it has schema {schema!r}, this version of lopa reads {SCHEMA}")
     except FileNotFoundError:
         raise
+    except PermissionError as error:
+        raise _unreadable(path) from error
     except DAMAGE as error:
         raise FolderError(f"{path} can't be used: {type(error).__name__}: {error}") from error

@@ -46,6 +46,8 @@ class TuneOptions(TypedDict, total=False):
 
 _HOW_NOT_WHAT = ("patience", "low_priority", "max_steps", "max_seconds", "max_bytes")
 """Settings that a resumed run may have otherwise."""
+_WHOLE = ("steps", "batch_size", "seed", "validate_every", "microbatch", "warmup", "early_stopping", "max_steps", "max_bytes")
+"""Settings that count something."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,9 @@ class TuneConfig:
     """Message bytes, both ways, that this call may use."""
 
     def __post_init__(self) -> None:
+        for name in _WHOLE:
+            if type(getattr(self, name)) is not int and getattr(self, name) is not None:
+                raise TuningError(f"{name} is {getattr(self, name)!r}, which is not a whole number")
         rules = {
             "steps": self.steps >= 1,
             "batch_size": self.batch_size >= 1,

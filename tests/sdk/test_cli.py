@@ -106,6 +106,10 @@ def test_budgets_scores_and_curves(address: str, jsonl: Path, tmp_path: Path, ca
     assert len(json.loads(capsys.readouterr().out)) == len(EXAMPLES)
     assert run("score", address, jsonl) == 0
     assert "nats per token over 10 examples" in capsys.readouterr().out
+    assert run("score", address, jsonl, "--personal", tmp_path / "nobody") == 0
+    assert "is not tuned" in capsys.readouterr().err
+    text.write_text("")
+    assert run("score", address, text) == 2
 
 
 def test_chat_streams_answers_and_remembers_turns(address: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
@@ -132,6 +136,7 @@ def test_a_persona_moves_and_the_cache_is_kept_clean(
     assert run("move", "import", tmp_path / "me.lopa", tmp_path / "phone", "--persona", "work") == 0
     assert run("migrate", address, tmp_path / "phone", "--persona", "work") == 0
     assert run("generate", address, "x", "--personal", tmp_path / "phone", "--persona", "work", "--max-tokens", 2) == 0
+    assert run("rollback", tmp_path / "me", 1) == 0
     monkeypatch.setenv("LOPA_PASSPHRASE", "wrong")
     assert run("generate", address, "x", "--personal", tmp_path / "phone", "--persona", "work") == 1
     assert "wrong passphrase" in capsys.readouterr().err

@@ -65,6 +65,8 @@ def test_every_sampling_parameter_arrives(client: lopa.Client) -> None:
     drawn = {"temperature": 2.0, "seed": 1, **options}
     assert client.generate(prompt, min_p=1.0, **drawn) == client.generate(prompt, top_k=1, **drawn) == plain
     assert client.generate(prompt, **drawn).token_ids != plain.token_ids
+    with pytest.raises(lopa.InvalidRequest, match=r"sampling\.max_tokens is 0"):
+        client.generate("x", max_tokens=0)
 
 
 def test_a_json_schema_as_a_mapping(client: lopa.Client) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,6 +139,27 @@ def test_a_damaged_record_is_told(store: PersonaStore, change: Callable[[dict[st
     path.write_text(json.dumps(document))
     with pytest.raises(lopa.FolderError, match=r"persona.json is damaged"):
         store.record()
+
+
+def test_factors_without_a_record_are_not_written_over(bundle: Bundle, store: PersonaStore) -> None:
+    with store.lock():
+        store.append(moved(store, 0.1), validation_nll=1.0)
+    tuned = store.factors_path(2).read_bytes()
+    (store.folder / "persona.json").unlink()
+    with pytest.raises(lopa.FolderError, match="has lost its persona"):
+        store.create(bundle)
+    assert store.factors_path(2).read_bytes() == tuned
+
+
+def test_a_record_that_may_not_be_read_is_not_called_damaged(store: PersonaStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    for owner, name, look in ((os, "open", store.record), (Path, "stat", lambda: store.exists)):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, refuse)
+            with pytest.raises(lopa.StorageError, match="not allowed"):
+                look()
 
 
 def test_no_folder_and_another_schema(store: PersonaStore, tmp_path: Path) -> None:

@@ -90,6 +90,14 @@ def test_settings_out_of_range_are_named(name: str) -> None:
         dataclasses.replace(BASE, **{name: "never" if name == "schedule" else -1})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("steps", 1.5), ("seed", 0.5), ("batch_size", "4"), ("validate_every", True), ("max_steps", 2.0)]
+)
+def test_settings_that_count_are_whole_numbers(bundle: Bundle, name: str, value: object) -> None:
+    with pytest.raises(lopa.TuningError, match=f"{name} is .* not a whole number"):
+        lopa.TuneConfig.for_bundle(bundle.manifest, **{name: value})  # type: ignore[misc]
+
+
 def test_what_the_encoder_reads() -> None:
     assert text_for_encoder("text", None) == "text" and text_for_encoder([1], "given") == "given"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

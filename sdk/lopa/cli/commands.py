@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lopa.cli.connecting import open_client, open_persona
+from lopa.cli.connecting import open_client, open_persona, secret
 from lopa.cli.output import fail, print_json, usage_error
 
 if TYPE_CHECKING:
@@ -68,6 +68,8 @@ def score(
     import lopa
 
     items = _read(examples)
+    if not items:
+        usage_error(f"{examples} holds no examples: there is nothing to measure")
     with open_client(address, tls) as client:
         if personal is None:
             scores = client.score([lopa.Pair(one.prompt, one.target, None, one.append_end, one.prefix) for one in items])
@@ -77,7 +79,7 @@ def score(
         print_json(scores)
         return
     tokens = sum(one.target_tokens for one in scores)
-    print(f"{sum(one.nll_sum for one in scores) / max(1, tokens):.4f} nats per token over {len(scores)} examples, {tokens} tokens")
+    print(f"{sum(one.nll_sum for one in scores) / tokens:.4f} nats per token over {len(scores)} examples, {tokens} tokens")
 
 
 def tune(
@@ -195,5 +197,5 @@ def rollback(
     """Make another version of a persona's factors the current one. Nothing is lost. Needs no server."""
     from lopa.folder import PersonaStore
 
-    chosen = PersonaStore(folder, persona).rollback(version)
+    chosen = PersonaStore(folder, persona, secret()).rollback(version)
     print(f"persona {persona} is at version {chosen.version} of {chosen.created}")

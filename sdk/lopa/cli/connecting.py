@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lopa.cli.output import download_bar
+from lopa.cli.output import download_bar, note
 
 if TYPE_CHECKING:
     from lopa.client import Client
@@ -29,4 +29,11 @@ def secret() -> str | None:
 def open_persona(client: Client, folder: Path, persona: str, *, plain: bool = False) -> Persona:
     """Open or create a persona, with a progress bar if its bundle must be fetched. plain: also one of another model or bundle."""
     with download_bar("fetching the bundle") as bar:
-        return client.personal(folder, persona, secret=secret(), mismatch="plain" if plain else "refuse", progress=bar)
+        opened = client.personal(folder, persona, secret=secret(), mismatch="plain" if plain else "refuse", progress=bar)
+    if opened.plain:
+        note(
+            f"the plain model answers: persona {persona} belongs to another model or bundle; `lopa migrate` learns its kept examples again"
+        )
+    elif plain and opened.version == 1:
+        note(f"persona {persona} in {folder} is not tuned: what answers is the bundle's start, often worse than the plain model")
+    return opened

@@ -18,6 +18,11 @@ def fail(message: str, code: int = 1) -> NoReturn:
     raise SystemExit(code)
 
 
+def note(message: str) -> None:
+    """Say what the user may not expect, beside the output."""
+    print(f"lopa: {message}", file=sys.stderr)
+
+
 def usage_error(message: str) -> NoReturn:
     """Exit as typer does for wrong usage."""
     raise typer.BadParameter(message)

@@ -96,8 +96,11 @@ def sampling_message(sampling: Sampling) -> inference_pb2.Sampling:
     """A Sampling message.
 
     Raises:
-        InvalidRequest: a value of a type or size that the wire can't carry. The server checks the ranges.
+        InvalidRequest: a value of a type or size that the wire can't carry, or no token at all, which on the wire stands for the
+        server's default. The server checks the other ranges.
     """
+    if sampling.max_tokens == 0:
+        raise InvalidRequest("sampling.max_tokens is 0: ask for 1 at least", field="sampling.max_tokens", limit="1", found="0")
     try:
         return inference_pb2.Sampling(
             max_tokens=sampling.max_tokens,
