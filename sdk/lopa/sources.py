@@ -94,7 +94,7 @@ def _row(value: Prompt | Target | None) -> Any:
 
 def _read(path: Path) -> str:
     try:
-        return read_limited(path, MAX_FILE_BYTES).decode("utf-8")
+        return read_limited(path, MAX_FILE_BYTES).decode("utf-8-sig")  # some editors begin a file with a mark
     except UnicodeDecodeError as error:
         raise TuningError(f"can't read {path}: byte {error.start} is not UTF-8; save the file as UTF-8") from error
     except (OSError, ValueError) as error:

@@ -110,6 +110,9 @@ def test_budgets_scores_and_curves(address: str, jsonl: Path, tmp_path: Path, ca
     assert "is not tuned" in capsys.readouterr().err
     text.write_text("")
     assert run("score", address, text) == 2
+    assert run("tune", address, folder, jsonl, "--plot", tmp_path / "nowhere" / "curves.png") == 2
+    jsonl.write_bytes(b"\xff\xfe")
+    assert run("generate", address, "x", "--json-schema", jsonl) == 2
 
 
 def test_chat_streams_answers_and_remembers_turns(address: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

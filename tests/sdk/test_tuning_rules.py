@@ -112,6 +112,12 @@ def test_examples_from_a_file(tmp_path: Path) -> None:
     assert read_jsonl(path) == [lopa.Example("a\u2028b", "c"), lopa.Example([1, 2], [3], append_end=True, encoder_text="x")]
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "windows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a", "target": "b"}\n')
+    assert read_examples(path) == [lopa.Example("a", "b")]
+
+
 def test_conversations(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     wanted = lopa.Example([lopa.Message("user", "hi")], "hello", append_end=True)

@@ -109,6 +109,8 @@ def tune(
     """Teach a persona from examples. Interrupted, the same command goes on where it stopped."""
     from lopa.tuning import TuneOptions
 
+    if plot is not None and not plot.absolute().parent.is_dir():
+        usage_error(f"--plot: there is no folder {plot.parent}")
     learn, measure = _read(examples), _read(validation) if validation else None
     given = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
     options = TuneOptions(

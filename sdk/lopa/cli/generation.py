@@ -64,7 +64,7 @@ def generate(
         "logprobs": logprobs,
         "ignore_end": ignore_end,
         "n": n,
-        "json_schema": json_schema.read_text(encoding="utf-8") if json_schema else None,
+        "json_schema": _text(json_schema) if json_schema else None,
     }
     with open_client(address, tls) as client:
         if personal is None:
@@ -88,6 +88,13 @@ def _show(stream: GenerationStream, *, as_json: bool, several: bool) -> None:
             print(f"[{number}] {one.text}")
     else:
         print()
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        usage_error(f"{path} is not UTF-8: {error}")
 
 
 def _bias(entries: Sequence[str]) -> dict[int, float]:
