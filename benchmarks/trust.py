@@ -42,7 +42,7 @@ class Size:
     overload_seconds: float = 300.0
     light_streams: int = 300
     tunes: int = 16
-    tune_steps: int = 100
+    tune_steps: int = 200
     kills: int = 200
     soak_seconds: float = 1200.0
     timing_trials: int = 1000

@@ -21,7 +21,7 @@ from lopa.v1 import inference_pb2, inference_pb2_grpc
 
 from trustbench import requests
 from trustbench.device import log_of
-from trustbench.server import environment, free_port, launch, wait_ready
+from trustbench.server import beside, environment, free_port, launch, wait_ready
 
 TOLERANCE = 1e-4
 """Nats per token: the batch that a gradient is computed in changes its last bits, not more."""
@@ -168,13 +168,8 @@ def killed_at_random(victim: Victim, devices: Devices, kills: int, seed: int, la
         while not over.wait(1.0):
             victim.ensure()
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
+    with beside(run, over):
         yield done
-    finally:
-        over.set()
-        thread.join()
 
 
 def chaos(folder: Path, tunes: int, steps: int, kills: int) -> Chaos:

@@ -25,7 +25,7 @@ from google.protobuf.message import DecodeError, Message
 from lopa.v1 import inference_pb2, inference_pb2_grpc
 
 from trustbench import requests
-from trustbench.server import Server
+from trustbench.server import Server, beside
 
 DEADLINE = 300.0
 """Seconds. Far more than any answer needs, so that a call that reaches it hangs."""
@@ -156,13 +156,8 @@ def stopped_now_and_then(server: Server, times: int) -> Iterator[list[float]]:
                 made.append(STOP_SECONDS)
             server.process.send_signal(signal.SIGCONT)
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
+    with beside(run, over):
         yield made
-    finally:
-        over.set()
-        thread.join()
 
 
 class Fuzzer:

@@ -8,9 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,6 +105,18 @@ def wait_ready(process: subprocess.Popen[bytes], ready: Path) -> str:
             raise NotServing(f"the server ended with {process.poll()}: see {ready.parent / 'server.log'}")
         time.sleep(0.05)
     return ready.read_text()
+
+
+@contextlib.contextmanager
+def beside(action: Callable[[], None], over: threading.Event) -> Iterator[None]:
+    """Inside, `action` runs in a thread of its own; leaving sets `over`, which ends it, and waits for that."""
+    thread = threading.Thread(target=action)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @contextlib.contextmanager

@@ -49,11 +49,14 @@ def test_a_client_that_leaves_frees_its_row(server: RunningServer, client: Clien
 
 
 def test_a_lost_connection_frees_its_rows(server: RunningServer, client: Client) -> None:
+    made = server.app.engine.stats().generated_tokens
     with grpc.insecure_channel(server.address) as channel:
         calls = [Client(channel).inference.Generate(LONG) for _ in range(3)]
         for call in calls:
             next(call)
+        assert server.app.engine.stats().running == 3
     _until_free(server, client)
+    assert server.app.engine.stats().generated_tokens - made < 3 * 480
 
 
 def test_a_deadline_frees_its_row(tiny_fm: Path) -> None:

@@ -40,6 +40,7 @@ def download_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=(screen := Console(stderr=True)), transient=True, disable=not screen.is_terminal) as bar:
+    screen = Console(stderr=True)
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
         task = bar.add_task(title, visible=False)
         yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
