@@ -68,6 +68,7 @@ REASONS: Mapping[Reason, type[RemoteError]] = {
     Reason.FINGERPRINT_MISMATCH: FingerprintMismatch,
     Reason.UNKNOWN_BUNDLE: NotFound,
     Reason.QUEUE_FULL: ResourceExhausted,
+    Reason.TOO_MANY_CALLS: ResourceExhausted,
     Reason.DEADLINE_TOO_SHORT: ResourceExhausted,
     Reason.STARTING: Unavailable,
     Reason.DRAINING: Unavailable,

@@ -24,7 +24,6 @@ from lopa.v1 import catalog_pb2_grpc, inference_pb2_grpc, tuning_pb2_grpc
 from lopa_server.config import ConfigError, ServerConfig
 from lopa_server.engine.base import EngineSpec
 from lopa_server.identity.authenticator import Authenticator
-from lopa_server.identity.interceptor import Door, Keeper, identifying
 from lopa_server.identity.keys import KeyFileError
 from lopa_server.identity.tls import CertificateError, CertificateFiles
 from lopa_server.identity.tokens import JwksError
@@ -35,6 +34,7 @@ from lopa_server.metering.usage import UsageError, UsageRecorder, UsageStore
 from lopa_server.observability.setup import Observability
 from lopa_server.service.catalog import CatalogHandler, PublishedBundle, model_revision
 from lopa_server.service.decoding import TolerantDecoding
+from lopa_server.service.door import PROBE_SECONDS, Door, Keeper, patient
 from lopa_server.service.gate import Gate, State
 from lopa_server.service.handlers import RequestHandlers
 from lopa_server.service.servicers import NAMES, CatalogServicer, Handlers, InferenceServicer, TuningServicer
@@ -46,6 +46,8 @@ __all__ = ["ConfigError", "RunningServer", "ServerApp", "ServerConfig", "start_s
 
 log = logging.getLogger(__name__)
 
+GROSS = 2
+"""gRPC itself refuses messages of more than so many times the limit, without details; up to there the refusal is ours."""
 HEALTH_CALLS = 64
 ABORT_SECONDS = 1.0
 """After the drain bound: time for the last error statuses to reach their clients."""
@@ -118,11 +120,12 @@ class ServerApp:
         self._observability = Observability(self._config, lambda: self.engine)
         self.metrics_address = self._observability.metrics_address
         meter = await self._start_meter()
-        self._gate = Gate(self._config.limits.max_message_bytes, meter, self._config.traffic)
+        largest, traffic = self._config.limits.max_message_bytes, self._config.traffic
+        self._gate = Gate(self._config.call_bound, largest, meter, traffic)
+        door = Door(self._gate, await self._identify(), traffic.receive_seconds)
         server = grpc.aio.server(
-            interceptors=[*self._observability.interceptors, Door(await self._keepers(self._gate)), TolerantDecoding(NAMES)],
-            options=_channel_options(self._config.limits.max_message_bytes, self._config.traffic),
-            maximum_concurrent_rpcs=self._config.call_bound,
+            interceptors=[*self._observability.interceptors, door, TolerantDecoding(NAMES, largest)],
+            options=_channel_options(GROSS * largest, traffic),
         )
         catalog_pb2_grpc.add_CatalogServicer_to_server(CatalogServicer(self._gate, self._handlers), server)
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(self._gate, self._handlers), server)
@@ -149,16 +152,16 @@ class ServerApp:
         self._meter = meter
         return meter
 
-    async def _keepers(self, gate: Gate) -> list[Keeper]:
-        """What keeps strangers out, where identity is on, and calls that there is no room for."""
+    async def _identify(self) -> Keeper | None:
+        """What keeps strangers out, where identity is on."""
         if not self._config.access.identified:
-            return [gate.keep]
+            return None
         authenticator = Authenticator(self._config.access)
         try:
             await authenticator.start()
         except (KeyFileError, JwksError) as error:
             raise ConfigError(str(error)) from error
-        return [identifying(authenticator), gate.keep]
+        return authenticator.identify
 
     def _add_port(self, server: grpc.aio.Server, address: str) -> int:
         if not self._config.access.encrypted:
@@ -178,7 +181,8 @@ class ServerApp:
             request_deserializer=health_pb2.HealthCheckRequest.FromString,
             response_serializer=health_pb2.HealthCheckResponse.SerializeToString,
         )
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(health.SERVICE_NAME, {"Check": check}),))
+        only = {"Check": patient(check, PROBE_SECONDS)}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(health.SERVICE_NAME, only),))
         wanted = f"{self._config.host}:{self._config.health_port}"
         try:
             self.health_address = f"{self._config.host}:{server.add_insecure_port(wanted)}"
@@ -232,6 +236,8 @@ class ServerApp:
         await self._set_health(status.SERVING if answers else status.NOT_SERVING)
 
     async def _close(self) -> None:
+        if self._gate is not None:
+            self._gate.end_all()
         if self.engine is not None:
             await self.engine.stop()
         if self._server is not None:
@@ -326,10 +332,10 @@ def start_server(config: ServerConfig) -> RunningServer:
     return server
 
 
-def _channel_options(max_message_bytes: int, traffic: TrafficLimits) -> list[tuple[str, int]]:
-    """gRPC refuses what is far too large before reading it; our own check, with its typed error, comes a little earlier."""
+def _channel_options(longest: int, traffic: TrafficLimits) -> list[tuple[str, int]]:
+    """longest: message in bytes that gRPC receives."""
     return [
-        ("grpc.max_receive_message_length", max_message_bytes + (1 << 20)),
+        ("grpc.max_receive_message_length", longest),
         ("grpc.max_send_message_length", -1),
         ("grpc.so_reuseport", 0),
         ("grpc.max_metadata_size", traffic.header_bytes),

@@ -72,6 +72,9 @@ def serve(
         str | None, typer.Option(help="SQLite file or PostgreSQL URL for usage counters. Default with identity: lopa-usage.sqlite.")
     ] = None,
     max_call_seconds: Annotated[float, typer.Option(help="Age of a stream at most.")] = DEFAULTS.traffic.stream_seconds,
+    max_calls: Annotated[
+        int | None, typer.Option(help="Calls of all kinds at the same time. Default: 1024, or more for a large queue.")
+    ] = None,
     max_connections: Annotated[int, typer.Option(help="Connections at the same time.")] = DEFAULTS.traffic.connections,
     gradient_clip: Annotated[float | None, typer.Option(help="L2 norm of a returned gradient at most. With --gradient-noise.")] = None,
     gradient_noise: Annotated[float, typer.Option(help="Noise on every returned value, as a multiple of that norm.")] = 0.0,
@@ -123,6 +126,7 @@ def serve(
         native=native,
         max_batch=max_batch,
         max_waiting=max_waiting,
+        max_calls=max_calls,
         max_waiting_tokens=max_waiting_tokens,
         step_positions=step_positions,
         kv_memory_mib=kv_memory_mib,

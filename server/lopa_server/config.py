@@ -67,8 +67,8 @@ class ServerConfig:
     max_waiting_pairs: int = 8192
     """Pairs waiting to be scored or differentiated."""
     max_calls: int | None = None
-    """Calls of every kind at the same time, so that their requests can't fill the memory: gRPC refuses more with
-    RESOURCE_EXHAUSTED. None: 1024, or twice what max_batch and max_waiting allow where that is more."""
+    """Calls of every kind at the same time, so that their requests can't fill the memory; health checks don't count. Where callers
+    are known, none of them gets the last fifth. None: 1024, or twice what max_batch and max_waiting allow where that is more."""
     step_positions: int | None = None
     """Positions in one step of streams or one micro-batch of pairs: more is faster, less lets others in sooner. None: what
     suits the device."""

@@ -63,6 +63,8 @@ class TrafficLimits:
     """Age of a connection, after which its client is asked for a new one. Running calls may finish."""
     idle_seconds: float = 900.0
     """A connection without calls is closed after so long."""
+    receive_seconds: float = 120.0
+    """Until the whole of a call's message has arrived, once the call has a place: who sends slowly, or not at all, can't hold one."""
     unary_seconds: float = 600.0
     """A call with one reply takes so long at most, whatever deadline its client has set, or not set."""
     stream_seconds: float = 3600.0

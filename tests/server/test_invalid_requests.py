@@ -250,10 +250,17 @@ def test_a_healthy_neighbour_is_not_touched(client: Client, neighbour: Callable[
     assert neighbour() == alone
 
 
-def test_a_message_over_the_limit_is_refused(client: Client) -> None:
-    found = failure(lambda: client.tokens(generate_request("x" * (32 << 20))))
-    assert found.reason == "MESSAGE_TOO_LARGE" and found.limit == str(32 << 20)
+@pytest.mark.parametrize("size", [32 << 20, 60 << 20])
+def test_a_message_over_the_limit_is_refused(client: Client, size: int) -> None:
+    found = failure(lambda: client.tokens(generate_request("x" * size)))
+    assert (found.reason, found.field, found.limit) == ("MESSAGE_TOO_LARGE", "request", str(32 << 20)) and int(found.found) > size
     assert found.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_a_message_of_twice_the_limit_is_not_even_received(client: Client) -> None:
+    with pytest.raises(grpc.RpcError, match="larger than max") as refused:
+        client.tokens(generate_request("x" * (65 << 20)))
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 NO_MESSAGES = {

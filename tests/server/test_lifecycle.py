@@ -174,9 +174,11 @@ def test_calls_beyond_the_bound_are_refused(tiny_fm: Path) -> None:
         client = Client(channel)
         calls = [client.inference.Generate(LONG) for _ in range(2)]
         counts = [len(next(call).token_ids) for call in calls]
-        with pytest.raises(grpc.RpcError) as refused:
-            client.catalog.GetModel(catalog_pb2.GetModelRequest())
-        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        refused = failure(lambda: client.catalog.GetModel(catalog_pb2.GetModelRequest()))
+        assert (refused.code, refused.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_CALLS")
+        assert (refused.found, refused.limit) == ("2", "2") and refused.retry_seconds
+        probe = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        assert probe.status == health_pb2.HealthCheckResponse.SERVING
         assert [count + sum(len(delta.token_ids) for delta in call) for count, call in zip(counts, calls, strict=True)] == [480] * 2
 
 

@@ -29,7 +29,7 @@ from lopa_server.identity.config import AccessConfig
 from lopa_server.identity.keys import KeyFile
 from lopa_server.limits import TrafficLimits
 from lopa_server.metering.bucket import TokenBucket
-from lopa_server.metering.limits import Limits, TenantLimits, read_limits
+from lopa_server.metering.limits import METRICS, Limits, TenantLimits, read_limits
 from lopa_server.metering.meter import Meter, OverLimit
 from lopa_server.metering.usage import Usage, UsageError, UsageRecorder, UsageStore, today
 
@@ -90,24 +90,56 @@ def test_tenants_are_held_to_their_own_limits(tmp_path: Path) -> None:
 
     async def use() -> None:
         meter = Meter(UsageRecorder(None), path, clock)
-        with meter.enter(ACME, "Score", 10) as call:
-            call.spend(tokens=90)
-            call.generated(30)
-            with pytest.raises(OverLimit) as refused:
-                call.spend(tokens=10)
-            assert refused.value.retry_after == pytest.approx(3.0), "20 of debt and 10 asked for, at 10 a second"
-            with meter.enter(OTHER, "Score", 10) as others:
-                others.spend(tokens=1000)
-                with pytest.raises(OverLimit, match="concurrent_calls"):
-                    meter.enter(OTHER, "Score", 10)
-            clock.now += 3.0
+        call = meter.enter(ACME, "Score", 10)
+        call.spend(tokens=90)
+        call.generated(30)
+        with pytest.raises(OverLimit) as refused:
             call.spend(tokens=10)
-            path.write_text("[default]\ntokens_per_second = 1000")
-            meter.look_again()
-        with meter.enter(ACME, "Score", 10) as call:
-            call.spend(tokens=10_000)
+        assert refused.value.retry_after == pytest.approx(3.0), "20 of debt and 10 asked for, at 10 a second"
+        with meter.open(OTHER):
+            meter.enter(OTHER, "Score", 10).spend(tokens=1000)
+            with pytest.raises(OverLimit, match="concurrent_calls"), meter.open(OTHER):
+                pass
+        clock.now += 3.0
+        call.spend(tokens=10)
+        path.write_text("[default]\ntokens_per_second = 1000")
+        meter.look_again()
+        meter.enter(ACME, "Score", 10).spend(tokens=10_000)
 
     asyncio.run(use())
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_every_rate_and_every_quota_holds(metric: str, tmp_path: Path) -> None:
+    """Once as a rate of 5 a second with a burst of a second, once as 5 a day: the same amount fits once, and not twice."""
+    path, clock = tmp_path / "limits.toml", Clock()
+
+    def use(meter: Meter) -> None:
+        call = meter.enter(ACME, "Score", 5 if metric == "bytes" else 0)
+        if metric in ("tokens", "pairs"):
+            call.spend(**{metric: 5})
+        for _ in range(4 if metric == "requests" else 0):
+            meter.enter(ACME, "Score", 0)
+
+    for text, name in ((f"{metric}_per_second = 5\nburst_seconds = 1", f"{metric}_per_second"), (f"{metric}_per_day = 5",) * 2):
+        path.write_text(f"[default]\n{text}")
+        meter = Meter(UsageRecorder(None), path, clock)
+        use(meter)
+        with pytest.raises(OverLimit, match=name.partition(" =")[0]) as refused:
+            use(meter)
+        assert refused.value.daily == ("day" in name) and refused.value.retry_after > 0
+
+
+def test_open_calls_outlast_a_change_of_limits(tmp_path: Path) -> None:
+    path = tmp_path / "limits.toml"
+    path.write_text("[default]\nconcurrent_calls = 1")
+    meter = Meter(UsageRecorder(None), path)
+    with meter.open(ACME):
+        path.write_text("[default]\nconcurrent_calls = 2")
+        meter.look_again()
+        with meter.open(ACME), pytest.raises(OverLimit), meter.open(ACME):
+            pass
+    assert meter.open_calls(ACME) == 0
 
 
 def test_a_refusal_names_the_quota_and_the_time_to_come_back(tiny_fm: Path, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ class Limits(_message.Message):
     max_virtual_tokens: _builtins.int
     """m at most, in rows."""
     max_message_bytes: _builtins.int
-    """A whole request message at most, in bytes. Up to 1 MiB beyond, RESOURCE_EXHAUSTED comes with ErrorInfo
+    """A whole request message at most, in bytes. Up to twice that, RESOURCE_EXHAUSTED comes with ErrorInfo
     (MESSAGE_TOO_LARGE); further beyond, gRPC itself refuses without reading the message, and there are no details.
     """
     max_pairs: _builtins.int

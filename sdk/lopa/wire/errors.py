@@ -36,6 +36,7 @@ class Reason(Enum):
     FINGERPRINT_MISMATCH = "FINGERPRINT_MISMATCH"
     UNKNOWN_BUNDLE = "UNKNOWN_BUNDLE"
     QUEUE_FULL = "QUEUE_FULL"
+    TOO_MANY_CALLS = "TOO_MANY_CALLS"
     DEADLINE_TOO_SHORT = "DEADLINE_TOO_SHORT"
     STARTING = "STARTING"
     DRAINING = "DRAINING"
@@ -87,6 +88,9 @@ CATALOGUE: Mapping[Reason, Entry] = {
         "the call's {field} leaves {limit} s; at the present load it would take about {found} s: allow more time, or try again later",
     ),
     Reason.QUEUE_FULL: Entry(grpc.StatusCode.RESOURCE_EXHAUSTED, "{field} is full: {found} waiting, the limit is {limit}; try again later"),
+    Reason.TOO_MANY_CALLS: Entry(
+        grpc.StatusCode.RESOURCE_EXHAUSTED, "there are too many {field}: {found} of {limit} at a time; try again later"
+    ),
     Reason.STARTING: Entry(grpc.StatusCode.UNAVAILABLE, "the server is still loading its model; try again"),
     Reason.DRAINING: Entry(
         grpc.StatusCode.UNAVAILABLE, "the server is shutting down; try again, another replica or a restarted one will answer"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 from lopa.wire.errors import Reason, WireError
 
-from lopa_server.identity.caller import DEVICE_SCOPES, TENANT, Caller
+from lopa_server.identity.caller import DEVICE_SCOPES, TENANT, Caller, set_caller
 from lopa_server.identity.config import AccessConfig
 from lopa_server.identity.keys import PREFIX, KeyFile
 from lopa_server.identity.methods import required_scope
@@ -25,8 +26,7 @@ class Authenticator:
         self._key_file = KeyFile(config.keys) if config.keys is not None else None
         self._key_set = KeySet(config.jwks) if config.jwks is not None else None
         self._tokens = TokenVerifier(config, self._key_set) if self._key_set is not None else None
-        self.by_certificate = config.client_certificates_identify
-        """It looks at what TLS found out about the peer."""
+        self._by_certificate_too = config.client_certificates_identify
 
     async def start(self) -> None:
         """Read what credentials are checked against. Raises KeyFileError, JwksError."""
@@ -34,6 +34,15 @@ class Authenticator:
             self._key_file.check()
         if self._key_set is not None:
             await self._key_set.load()
+
+    async def identify(self, method: str, context: Any) -> None:
+        """Say who calls to everything that follows in this call. Raises as `admit` does.
+
+        context: gRPC's, of the call.
+        """
+        metadata = tuple(context.invocation_metadata() or ())
+        connection = context.auth_context() if self._by_certificate_too else {}
+        set_caller(await self.admit(method, metadata, connection))
 
     async def admit(self, method: str, metadata: Metadata, connection: Mapping[str, Iterable[bytes]]) -> Caller:
         """Who calls `method`, if they may.
@@ -73,7 +82,7 @@ class Authenticator:
 
     def _by_certificate(self, connection: Mapping[str, Iterable[bytes]]) -> Caller:
         """TLS has checked the certificate against the authority already."""
-        if not self.by_certificate:
+        if not self._by_certificate_too:
             raise WireError(Reason.NO_CREDENTIALS)
         names = [name.decode("utf-8", "replace") for name in connection.get("x509_common_name", ())]
         if len(names) != 1 or not TENANT.fullmatch(names[0]):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -32,16 +33,24 @@ class Account:
     """One tenant's buckets and calls."""
 
     def __init__(self, tenant: str, limits: TenantLimits, clock: Callable[[], float]) -> None:
-        self.tenant, self.limits, self.calls = tenant, limits, 0
-        rates = {metric: limits.rate(metric) for metric in METRICS}
-        self._buckets = {
-            metric: TokenBucket(rate, max(1.0, rate * limits.burst_seconds), clock) for metric, rate in rates.items() if rate is not None
-        }
+        self.tenant, self.calls, self._clock = tenant, 0, clock
+        self._buckets: dict[str, TokenBucket] = {}
+        self.change(limits)
 
     @property
     def idle(self) -> bool:
         """Forgetting it changes nothing."""
         return not self.calls and all(bucket.level >= bucket.burst for bucket in self._buckets.values())
+
+    def change(self, limits: TenantLimits) -> None:
+        """Other limits from now on. Calls that are open stay so; buckets begin full."""
+        self.limits = limits
+        rates = {metric: limits.rate(metric) for metric in METRICS}
+        self._buckets = {
+            metric: TokenBucket(rate, max(1.0, rate * limits.burst_seconds), self._clock)
+            for metric, rate in rates.items()
+            if rate is not None
+        }
 
     def check_calls(self) -> None:
         """Raises OverLimit when it has as many calls as it may have."""
@@ -95,12 +104,6 @@ class MeteredCall:
         self.usage += usage
         self._meter.recorder.add(self.caller.tenant, self._kind, usage)
 
-    def __enter__(self) -> MeteredCall:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._account.calls -= 1
-
 
 class Meter:
     """One for the whole server; used on its loop only."""
@@ -126,28 +129,40 @@ class Meter:
             await asyncio.wait({self._task})
         await self.recorder.close()
 
+    def open_calls(self, caller: Caller) -> int:
+        """Of the caller's tenant."""
+        account = self._accounts.get(caller.tenant)
+        return account.calls if account is not None else 0
+
+    @contextlib.contextmanager
+    def open(self, caller: Caller) -> Iterator[None]:
+        """Around a call. Raises OverLimit when the tenant has as many calls as it may have."""
+        account = self._account(caller.tenant)
+        account.check_calls()
+        account.calls += 1
+        try:
+            yield
+        finally:
+            account.calls -= 1
+
     def enter(self, caller: Caller, kind: str, size: int) -> MeteredCall:
-        """Let a call in; leave it as a context manager.
+        """Let an open call's request in.
 
         Args:
             kind: the method's name, such as "Generate".
             size: bytes of the request.
 
         Raises:
-            OverLimit: the tenant has too many calls or bytes at the moment, or for today.
+            OverLimit: the tenant has had too many requests or bytes lately, or today.
         """
         account = self._account(caller.tenant)
-        account.check_calls()
         self.spend(account, {"requests": 1, "bytes": size})
-        account.calls += 1
         self.recorder.add(caller.tenant, kind, Usage(requests=1, received_bytes=size))
         return MeteredCall(self, account, caller, kind)
 
     def check(self, caller: Caller) -> None:
-        """Whether one more call of the smallest size would be let in now; counts nothing. Raises OverLimit."""
-        account = self._account(caller.tenant)
-        account.check_calls()
-        account.check({"requests": 1}, self.recorder.used_today)
+        """Whether a request of the smallest size would be let in now; counts nothing. Raises OverLimit."""
+        self._account(caller.tenant).check({"requests": 1}, self.recorder.used_today)
 
     def spend(self, account: Account, amounts: dict[str, float]) -> None:
         """All of it or, with OverLimit, nothing."""
@@ -178,10 +193,9 @@ class Meter:
         except LimitsFileError as error:
             log.error("the limits in force stay as they were: %s", error)
             return
-        changed = [tenant for tenant, account in self._accounts.items() if account.limits != self._limits.of(tenant)]
-        for tenant in changed:
-            calls = self._accounts.pop(tenant).calls
-            self._account(tenant).calls = calls
+        for tenant, account in self._accounts.items():
+            if account.limits != self._limits.of(tenant):
+                account.change(self._limits.of(tenant))
 
     def _state(self) -> tuple[int, ...] | None:
         try:

@@ -52,7 +52,7 @@ class Tracing(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic 
         if handler is None:
             return None
         metadata = dict(handler_call_details.invocation_metadata or ())
-        for kind in ("unary_unary", "unary_stream"):
+        for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream"):
             behaviour = getattr(handler, kind)
             if behaviour is not None:
                 return handler._replace(**{kind: self._spanned(handler_call_details.method, behaviour, metadata)})

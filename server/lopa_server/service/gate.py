@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from enum import Enum
 from typing import Any
 
@@ -13,15 +13,18 @@ from grpc_status import rpc_status
 from lopa.wire.errors import Reason, WireError
 
 from lopa_server.engine.base import Engine
-from lopa_server.identity.caller import current_caller
+from lopa_server.identity.caller import ANONYMOUS, current_caller
 from lopa_server.limits import TrafficLimits
 from lopa_server.metering.meter import Meter, MeteredCall
-from lopa_server.service.decoding import Undecodable
+from lopa_server.service.decoding import Unusable
 from lopa_server.service.status import status_for
 
-STREAMS = ("Generate", "FetchBundle")
 COMPUTED = {"/lopa.v1.Inference/Generate": False, "/lopa.v1.Inference/Score": True, "/lopa.v1.Tuning/PromptGradients": True}
 """Methods that wait for the engine, and whether with pairs."""
+OURS = "/lopa.v1."
+"""Begins the names of methods that answer while the server is serving only. Health and reflection answer at any time."""
+SHARE = 4
+"""A tenant may have this many times the places that are still free: it can't take the last fifth from all others."""
 
 
 class State(Enum):
@@ -34,30 +37,69 @@ class State(Enum):
 class Gate:
     """One for the whole server; used on its loop only."""
 
-    def __init__(self, max_message_bytes: int, meter: Meter, traffic: TrafficLimits) -> None:
+    def __init__(self, places: int, max_message_bytes: int, meter: Meter, traffic: TrafficLimits) -> None:
+        """places: calls of every kind and of everybody together."""
         self.state = State.STARTING
+        self._places, self._taken = places, 0
         self._max_message_bytes = max_message_bytes
         self._meter, self._traffic = meter, traffic
+        self._bounds: set[asyncio.Timeout] = set()
+        self._ended = False
         self._inside = 0
         self._empty = asyncio.Event()
         self._empty.set()
         self.engine: Engine | None = None
         """What calls will wait for, once there is one."""
 
-    async def keep(self, method: str, context: Any) -> None:
-        """A keeper of the door: what is sure to be refused isn't even decoded, so that a flood costs as little as it can.
+    @contextlib.asynccontextmanager
+    async def bounded(self, method: str, *, streams: bool) -> AsyncIterator[None]:
+        """Around a whole call: none lives for ever, whatever deadline its client has set.
 
         Raises:
+            WireError: TIME_LIMIT inside the call, or DRAINING once `end_all` was called.
+        """
+        seconds = self._traffic.stream_seconds if streams else self._traffic.unary_seconds
+        bound = asyncio.timeout(seconds)
+        try:
+            async with bound:
+                self._bounds.add(bound)
+                try:
+                    yield
+                finally:
+                    self._bounds.discard(bound)
+        except TimeoutError as error:
+            if not bound.expired():
+                raise
+            if self._ended:
+                raise WireError(Reason.DRAINING) from error
+            raise WireError(Reason.TIME_LIMIT, method.rpartition("/")[2], limit=f"{seconds:g} s") from error
+
+    @contextlib.contextmanager
+    def place(self, method: str) -> Iterator[None]:
+        """A place for a call of the caller at hand, from before anything of its request is received to its end. What is sure to be
+        refused is refused here, so that a flood costs as little as it can.
+
+        Raises:
+            WireError: the server isn't serving, or TOO_MANY_CALLS.
             OverLimit, QueueFull, EngineStopped, EngineRestarting
         """
-        del context
-        if method in COMPUTED and self.state is State.SERVING and self.engine is not None:
-            caller = current_caller()
-            self._meter.check(caller)
-            self.engine.check_room(caller.tenant, pairs=COMPUTED[method])
+        if method.startswith(OURS):
+            self._check_state()
+        caller, free = current_caller(), self._places - self._taken
+        if free <= 0 or (caller is not ANONYMOUS and self._meter.open_calls(caller) >= SHARE * free):
+            raise WireError(Reason.TOO_MANY_CALLS, "calls", limit=self._places, found=self._taken)
+        with self._meter.open(caller):
+            if method in COMPUTED and self.engine is not None:
+                self._meter.check(caller)
+                self.engine.check_room(caller.tenant, pairs=COMPUTED[method])
+            self._taken += 1
+            try:
+                yield
+            finally:
+                self._taken -= 1
 
     @contextlib.asynccontextmanager
-    async def call(self, kind: str, request: Message | Undecodable, context: Any) -> AsyncIterator[MeteredCall]:
+    async def call(self, kind: str, request: Message | Unusable, context: Any) -> AsyncIterator[MeteredCall]:
         """Around a call's body; gives who calls, and what counts its use. An exception inside ends the call with its status.
 
         kind: the method's name.
@@ -65,12 +107,11 @@ class Gate:
         self._inside += 1
         self._empty.clear()
         try:
-            async with self._bounded(kind):
-                self._check_state()
-                size = 0 if isinstance(request, Undecodable) else request.ByteSize()
-                with self._meter.enter(current_caller(), kind, size) as call:
-                    self._check_request(request, size)
-                    yield call
+            self._check_state()  # again: receiving the request may have taken a while
+            size = request.size if isinstance(request, Unusable) else request.ByteSize()
+            call = self._meter.enter(current_caller(), kind, size)
+            self._check_request(request, size)
+            yield call
         except Exception as error:
             await context.abort_with_status(rpc_status.to_status(status_for(error)))
         finally:
@@ -84,18 +125,12 @@ class Gate:
             await asyncio.wait_for(self._empty.wait(), seconds)
         return self._empty.is_set()
 
-    @contextlib.asynccontextmanager
-    async def _bounded(self, kind: str) -> AsyncIterator[None]:
-        """No call lives for ever, whatever deadline its client has set: raises TIME_LIMIT inside the call."""
-        seconds = self._traffic.stream_seconds if kind in STREAMS else self._traffic.unary_seconds
-        bound = asyncio.timeout(seconds)
-        try:
-            async with bound:
-                yield
-        except TimeoutError as error:
+    def end_all(self) -> None:
+        """Every call that still runs, be it that its request is being received, ends with DRAINING."""
+        self._ended = True
+        for bound in self._bounds:
             if not bound.expired():
-                raise
-            raise WireError(Reason.TIME_LIMIT, kind, limit=f"{seconds:g} s") from error
+                bound.reschedule(asyncio.get_running_loop().time())
 
     def _check_state(self) -> None:
         if self.state is State.STARTING:
@@ -105,8 +140,8 @@ class Gate:
         if self.state is State.DRAINING:
             raise WireError(Reason.DRAINING)
 
-    def _check_request(self, request: Message | Undecodable, size: int) -> None:
-        if isinstance(request, Undecodable):
-            raise WireError(Reason.MALFORMED_REQUEST, "request", limit=request.method)
+    def _check_request(self, request: Message | Unusable, size: int) -> None:
         if size > self._max_message_bytes:
             raise WireError(Reason.MESSAGE_TOO_LARGE, "request", limit=self._max_message_bytes, found=size)
+        if isinstance(request, Unusable):
+            raise WireError(Reason.MALFORMED_REQUEST, "request", limit=request.method)

@@ -14,7 +14,7 @@ from lopa_server.metering.meter import OverLimit
 
 log = logging.getLogger(__name__)
 
-RETRY_SECONDS = {Reason.STARTING: 5.0, Reason.DRAINING: 1.0, Reason.ENGINE_RESTARTING: 5.0}
+RETRY_SECONDS = {Reason.STARTING: 5.0, Reason.DRAINING: 1.0, Reason.ENGINE_RESTARTING: 5.0, Reason.TOO_MANY_CALLS: 1.0}
 """Where no queue tells how long it takes: a replica comes back in about so long."""
 LONGEST_RETRY, SHORTEST_RETRY = 60.0, 0.05
 
