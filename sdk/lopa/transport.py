@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,6 +128,9 @@ def translate(error: grpc.RpcError, *, address: str = "the server") -> RemoteErr
         text = f"{address}: {code.name}: {text}"
     if kind is InvalidRequest:
         return InvalidRequest(text, field=details.field, limit=details.limit, found=details.found, reason=details.reason)
+    oversized = re.search(r"message larger than max \((\d+) vs\. (\d+)\)", text) if code is grpc.StatusCode.RESOURCE_EXHAUSTED else None
+    if oversized is not None:  # gRPC's own words, at either end
+        return InvalidRequest(text, field="message", limit=oversized[2], found=oversized[1])
     if kind is Unavailable and details.reason is None:
         text = f"no connection to {address} ({call.details()}); is the server running there?"
     return kind(text, reason=details.reason, retry_after=details.retry_after)
@@ -165,10 +169,23 @@ class Tls:
         """As gRPC takes them.
 
         Raises:
-            InvalidRequest: a key without its certificate, or the other way round.
+            InvalidRequest: a key without its certificate, or the other way round; something that is no PEM, or damaged.
         """
+        from lopa.pem import PemError, check_certificates, check_key, check_pair
+
         if (self.key is None) != (self.chain is None):
             raise InvalidRequest("tls: a client's key and its certificate chain are needed together", field="tls", limit="key and chain")
+        part = ""
+        try:
+            for part, check in (("roots", check_certificates), ("key", check_key), ("chain", check_certificates)):
+                data: bytes | None = getattr(self, part)
+                if data is not None:
+                    check(data)
+            if self.key is not None and self.chain is not None:
+                part = "key"
+                check_pair(self.key, self.chain)
+        except PemError as error:
+            raise InvalidRequest(f"tls: {part}: {error}", field=f"tls.{part}", limit="PEM") from error
         return grpc.ssl_channel_credentials(self.roots, self.key, self.chain)
 
 

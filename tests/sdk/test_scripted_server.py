@@ -134,6 +134,14 @@ def test_a_token_goes_with_every_call_and_never_in_the_open() -> None:
         assert caught.value.field == "token" and (not token or token not in repr(caught.value))
 
 
+def test_a_message_that_grpc_itself_refuses_is_told_with_its_limit() -> None:
+    config = lopa.ClientConfig(max_message_bytes=100_000)
+    with playing(Scripted()) as address, lopa.connect(address, config=config) as client:
+        with pytest.raises(lopa.InvalidRequest) as refused:
+            client.score([lopa.Pair("x" * 200_000, "y", SOFT)])
+        assert (refused.value.field, refused.value.limit) == ("message", "100000") and int(refused.value.found) > 200_000
+
+
 def certificate(folder: Path, name: str) -> tuple[Path, Path]:
     """A self-signed certificate for `name`, and its key."""
     key, path = folder / f"{name}.key.pem", folder / f"{name}.pem"
@@ -157,6 +165,25 @@ def test_mutual_tls(tmp_path: Path) -> None:
         for wrong in ({"roots": tmp_path / "none.pem"}, {"roots": own, "key": device_key}):
             with pytest.raises(lopa.InvalidRequest, match="tls"):
                 lopa.connect(address, tls=lopa.Tls.from_files(**wrong), config=config)
+        locked = tmp_path / "locked.pem"
+        command = ["openssl", "rsa", "-in", str(device_key), "-aes128", "-passout", "pass:secret", "-out", str(locked)]
+        subprocess.run(command, check=True, capture_output=True)
+        (tmp_path / "cut.pem").write_bytes(own.read_bytes()[:300])
+        (tmp_path / "text.pem").write_text("nothing")
+        for part, content, told in [
+            ("roots", "cut.pem", "certificate"),
+            ("roots", "text.pem", "no certificate"),
+            ("roots", device_key.name, "no certificate"),
+            ("chain", "text.pem", "no certificate"),
+            ("key", "text.pem", "no private key"),
+            ("key", device.name, "no private key"),
+            ("key", "locked.pem", "passphrase"),
+            ("key", key.name, "doesn't belong"),
+        ]:
+            files = {"roots": own, "key": device_key, "chain": device, part: tmp_path / content}
+            with pytest.raises(lopa.InvalidRequest, match=told) as refused:
+                lopa.connect(address, tls=lopa.Tls.from_files(**files), config=config)
+            assert refused.value.field == f"tls.{part}"
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with the openssl command")
