@@ -87,7 +87,7 @@ def serve(
     ] = False,
 ) -> None:
     """Serve one frozen model to everybody. Ends with SIGTERM or Ctrl-C, after running calls have finished."""
-    log_to_stderr(log_level.upper())
+    problems = log_to_stderr(log_level)
     bundles = bundle or []
     if fm is None and not bundles and nano_bundle_folder().is_dir():
         bundles = [nano_bundle_folder()]
@@ -115,7 +115,7 @@ def serve(
         tenant_limits=limits,
         usage=usage,
         traffic=TrafficLimits(stream_seconds=max_call_seconds, connections=max_connections),
-        gradient_noise=_gradient_noise(gradient_clip, gradient_noise),
+        gradient_noise=_gradient_noise(gradient_clip, gradient_noise, problems),
         health_port=health_port,
         metrics_port=metrics_port,
         metrics_host=metrics_host,
@@ -137,6 +137,7 @@ def serve(
         ready_file=ready_file,
     )
     try:
+        config.check(problems)
         asyncio.run(_serve(config))
     except ConfigError as error:
         problems = str(error).splitlines()
@@ -147,13 +148,16 @@ def serve(
         fail(str(error))
 
 
-def _gradient_noise(clip: float | None, noise: float) -> ClipAndNoise | None:
-    if clip is None and noise:
-        fail("--gradient-noise is a multiple of --gradient-clip: give both")
+def _gradient_noise(clip: float | None, noise: float, problems: list[str]) -> ClipAndNoise | None:
+    """What is wrong goes to `problems`, to be told with the rest."""
+    if clip is None:
+        problems += ["--gradient-noise is a multiple of --gradient-clip: give both"] if noise else []
+        return None
     try:
-        return None if clip is None else ClipAndNoise(clip, noise)
+        return ClipAndNoise(clip, noise)
     except ValueError as error:
-        fail(f"--gradient-clip and --gradient-noise: {error}")
+        problems.append(f"--gradient-clip and --gradient-noise: {error}")
+        return None
 
 
 async def _serve(config: ServerConfig) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from lopa.noise import ClipAndNoise
 from lopa_server.identity.config import AccessConfig
 from lopa_server.limits import ServiceLimits, TrafficLimits
 from lopa_server.metering.limits import LimitsFileError, read_limits
+from lopa_server.preflight import findings
 
 DTYPES = ("float32", "bfloat16")
 DEFAULT_CALLS = 1024
@@ -107,17 +108,25 @@ class ServerConfig:
         """max_calls, or its default: wide enough that a full queue answers by itself, with its time to come back."""
         return self.max_calls or max(DEFAULT_CALLS, 2 * (self.max_batch + self.max_waiting))
 
-    def check(self) -> None:
-        """Raises ConfigError with everything that can't work, one line each."""
-        problems = [*self._ranges(), *self.access.problems(), *self._exposure(), *self._tenant_limits()]
+    def check(self, also: Iterable[str] = ()) -> None:
+        """Raises ConfigError with everything that can't work, one line each. also: problems that were found before."""
+        problems = [*also, *self._ranges(), *self.access.problems(), *self._exposure(), *self._tenant_limits(), *findings(self)]
         if problems:
             raise ConfigError("\n".join(problems))
 
-    def _ranges(self) -> Iterator[str]:
-        for name in ("port", "health_port", "metrics_port"):
+    def _ports(self) -> Iterator[str]:
+        taken: dict[tuple[str, int], str] = {}
+        for name, host in (("port", self.host), ("health_port", self.host), ("metrics_port", self.metrics_host)):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 65535:
                 yield f"{name} is {value}; it must be from 0 to 65535"
+            elif value and (host, value) in taken:
+                yield f"{name} is {value}, and so is {taken[host, value]}"
+            elif value:
+                taken[host, value] = name
+
+    def _ranges(self) -> Iterator[str]:
+        yield from self._ports()
         for name in COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Iterator
 from types import TracebackType
 
+LEVELS = ("debug", "info", "warning", "error")
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -44,8 +45,10 @@ def _lines(error: BaseException) -> Iterator[str]:
     yield f"{type(error).__module__}.{type(error).__qualname__} (its message may hold what a client sent, and is left out)"
 
 
-def log_to_stderr(level: str) -> None:
-    """Set up this process's log. level: as in `logging`, such as INFO."""
+def log_to_stderr(level: str) -> list[str]:
+    """Set up this process's log at one of LEVELS. What is wrong with the level, one sentence, or nothing."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(ContentFreeFormatter())
-    logging.basicConfig(level=level, handlers=[handler])
+    known = level.lower() in LEVELS
+    logging.basicConfig(level=level.upper() if known else "INFO", handlers=[handler])
+    return [] if known else [f"log_level is {level!r}; it must be one of {', '.join(LEVELS)}"]

@@ -31,6 +31,12 @@ class Leaf:
     certificate: bytes
     key: bytes
 
+    def locked(self, passphrase: str) -> bytes:
+        """The key, behind a passphrase."""
+        key = serialization.load_pem_private_key(self.key, None)
+        lock = serialization.BestAvailableEncryption(passphrase.encode())
+        return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, lock)
+
     def write(self, folder: Path) -> tuple[Path, Path]:
         """To cert.pem and key.pem, each replaced at once."""
         paths = folder / "cert.pem", folder / "key.pem"

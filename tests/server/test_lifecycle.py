@@ -202,7 +202,7 @@ def test_a_failed_start_leaves_another_servers_ready_file(tmp_path: Path) -> Non
     ready = tmp_path / "ready"
     ready.write_text("127.0.0.1:7070")
     with pytest.raises(FileNotFoundError):
-        start_server(ServerConfig(fm=tmp_path, ready_file=ready))
+        start_server(ServerConfig(fm=tmp_path / "none", ready_file=ready))
     assert ready.read_text() == "127.0.0.1:7070"
 
 
@@ -230,7 +230,8 @@ BAD_STARTS: dict[str, tuple[Callable[[Path, Path], ServerConfig], type[Exception
     "another model's bundle": (_other_model, ConfigError, "was made for tiny"),
     "a bundle of too many rows": (_many_rows, ConfigError, "max_virtual_tokens is 64"),
     "a damaged bundle": (_damaged, ConfigError, "encode.onnx"),
-    "no model": (lambda tmp, _: ServerConfig(fm=tmp), FileNotFoundError, "config.json"),
+    "no model": (lambda tmp, _: ServerConfig(fm=tmp), ConfigError, "config.json"),
+    "no such model": (lambda tmp, _: ServerConfig(fm=tmp / "none"), FileNotFoundError, "none"),
     "everybody may connect": (lambda _, fm: ServerConfig(fm=fm, host="0.0.0.0"), ConfigError, "insecure"),
     "no batch": (lambda _, fm: ServerConfig(fm=fm, max_batch=0), ConfigError, "max_batch"),
     "no rows": (lambda _, fm: ServerConfig(fm=fm, limits=ServiceLimits(max_virtual_tokens=0)), ConfigError, "max_virtual_tokens"),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import ssl
-from datetime import datetime
-from pathlib import Path
+from datetime import UTC, datetime
 
 import grpc
 
@@ -37,6 +36,10 @@ class CertificateFiles:
         first = self._load()
         return grpc.dynamic_ssl_server_credentials(first, self._changed, self._authority is not None)  # type: ignore[arg-type]  # None is documented
 
+    def check(self) -> None:
+        """Raises CertificateError when the files can't be used."""
+        self._load(quietly=True)
+
     def _changed(self) -> grpc.ServerCertificateConfiguration | None:
         """A new configuration, or None to go on with the last one. Files that can't be used change nothing, and are logged."""
         try:
@@ -60,22 +63,28 @@ class CertificateFiles:
                 state += [found.st_ino, found.st_mtime_ns, found.st_size]
         return tuple(state)
 
-    def _load(self) -> grpc.ServerCertificateConfiguration:
+    def _load(self, *, quietly: bool = False) -> grpc.ServerCertificateConfiguration:
         try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self._certificate, self._key)
+            # An empty passphrase: without one, a locked key would have OpenSSL ask for it at the terminal.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self._certificate, self._key, password=lambda: "")
             if self._authority is not None:
                 ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(self._authority)
             authority = self._authority.read_bytes() if self._authority is not None else None
             chain = self._certificate.read_bytes()
+            until = expiry(chain)
             configuration = grpc.ssl_server_certificate_configuration([(self._key.read_bytes(), chain)], authority)
-        except (OSError, ssl.SSLError) as error:
-            raise CertificateError(f"{self._certificate} and {self._key} can't be used for TLS: {error}") from error
-        log.info("TLS certificate of %s, valid until %s", self._certificate, expiry(self._certificate).isoformat())
+        except (OSError, ssl.SSLError, ValueError) as error:
+            authority_too = f" (with the authority {self._authority})" if self._authority is not None else ""
+            raise CertificateError(f"{self._certificate} and {self._key}{authority_too} can't be used for TLS: {error}") from error
+        if not quietly and until <= datetime.now(UTC):
+            log.error("the TLS certificate %s has expired: clients will refuse it", self._certificate)
+        if not quietly:
+            log.info("TLS certificate of %s, valid until %s", self._certificate, until.isoformat())
         return configuration
 
 
-def expiry(path: Path) -> datetime:
-    """When the first certificate of a PEM file expires."""
+def expiry(chain: bytes) -> datetime:
+    """When the first certificate of a PEM file expires. Raises ValueError when there is none."""
     from cryptography import x509
 
-    return x509.load_pem_x509_certificates(path.read_bytes())[0].not_valid_after_utc
+    return x509.load_pem_x509_certificates(chain)[0].not_valid_after_utc
