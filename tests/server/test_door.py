@@ -154,3 +154,31 @@ def test_what_outlives_the_drain_is_told_so_even_if_it_never_reached_the_engine(
         for call in calls:
             told = failure(lambda call=call: next(call))
             assert (told.code, told.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING") and told.retry_seconds
+
+
+def test_a_first_message_is_not_left_half_sent() -> None:
+    """A time limit that came in the middle of it left the call without a status, for ever: about one in 25 whose limit was that short."""
+
+    class Slow:
+        def __init__(self) -> None:
+            self.begun, self.go, self.written = asyncio.Event(), asyncio.Event(), []
+
+        async def write(self, message: str) -> None:
+            self.begun.set()
+            await self.go.wait()
+            self.written.append(message)
+
+    async def scenario() -> None:
+        slow = Slow()
+        writing = asyncio.create_task(door._Begun(slow).write("a"))
+        await slow.begun.wait()
+        writing.cancel()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not writing.done()
+        slow.go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await writing
+        assert slow.written == ["a"]
+
+    asyncio.run(scenario())

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import getpass
+import json
 import os
 import pwd
 import shutil
 import socket
 import sqlite3
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +30,7 @@ from lopa_server.identity.caller import DEVICE_SCOPES, Caller
 from lopa_server.identity.config import AccessConfig
 from lopa_server.identity.keys import KeyFile
 from lopa_server.limits import TrafficLimits
+from lopa_server.metering import usage
 from lopa_server.metering.bucket import TokenBucket
 from lopa_server.metering.limits import METRICS, Limits, TenantLimits, read_limits
 from lopa_server.metering.meter import Meter, OverLimit
@@ -103,7 +106,7 @@ def test_tenants_are_held_to_their_own_limits(tmp_path: Path) -> None:
         clock.now += 3.0
         call.spend(tokens=10)
         path.write_text("[default]\ntokens_per_second = 1000")
-        meter.look_again()
+        await meter.look_again()
         meter.enter(ACME, "Score", 10).spend(tokens=10_000)
 
     asyncio.run(use())
@@ -134,12 +137,16 @@ def test_open_calls_outlast_a_change_of_limits(tmp_path: Path) -> None:
     path = tmp_path / "limits.toml"
     path.write_text("[default]\nconcurrent_calls = 1")
     meter = Meter(UsageRecorder(None), path)
-    with meter.open(ACME):
-        path.write_text("[default]\nconcurrent_calls = 2")
-        meter.look_again()
-        with meter.open(ACME), pytest.raises(OverLimit), meter.open(ACME):
-            pass
-    assert meter.open_calls(ACME) == 0
+
+    async def use() -> None:
+        with meter.open(ACME):
+            path.write_text("[default]\nconcurrent_calls = 2")
+            await meter.look_again()
+            with meter.open(ACME), pytest.raises(OverLimit), meter.open(ACME):
+                pass
+        assert meter.open_calls(ACME) == 0
+
+    asyncio.run(use())
 
 
 def test_a_refusal_names_the_quota_and_the_time_to_come_back(tiny_fm: Path, tmp_path: Path) -> None:
@@ -204,6 +211,72 @@ def test_a_database_that_fails_loses_nothing(tmp_path: Path) -> None:
 
     asyncio.run(use())
     assert UsageStore(tmp_path / "usage.sqlite").read() == {(today(), "acme", "Score"): Usage(requests=2, pairs=7)}
+
+
+class _Silent:
+    """A database that accepts, and answers when it is let go at the earliest."""
+
+    name = "silent"
+
+    def __init__(self) -> None:
+        self.asked, self.go = threading.Event(), threading.Event()
+
+    def add(self, _: object) -> None:
+        self.asked.set()
+        self.go.wait()
+
+
+def test_a_database_that_does_not_answer_neither_keeps_the_server_nor_its_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("lopa_server.metering.usage.CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr("lopa_server.metering.meter.FLUSH_SECONDS", 0.01)
+    path, store = tmp_path / "limits.toml", _Silent()
+    path.write_text("[default]\nconcurrent_calls = 1")
+
+    async def use() -> None:
+        recorder = UsageRecorder(None)
+        meter = Meter(recorder, path)
+        await meter.start()
+        recorder._store = store
+        meter.enter(ACME, "Score", 10)
+        while not store.asked.is_set():
+            await asyncio.sleep(0.01)
+        meter.enter(ACME, "Score", 20)
+        path.write_text("[default]\nconcurrent_calls = 2")
+        with meter.open(ACME):
+            while True:
+                with contextlib.suppress(OverLimit), meter.open(ACME):
+                    break
+                await asyncio.sleep(0.01)
+        await meter.close()
+
+    try:
+        asyncio.run(use())
+    finally:
+        store.go.set()
+    (told,) = [record.getMessage() for record in caplog.records if "usage that is not in silent" in record.getMessage()]
+    assert json.loads(told.partition(": ")[2])[0] == {
+        "day": today(),
+        "tenant": "acme",
+        "kind": "Score",
+        "requests": 2,
+        "prompt_tokens": 0,
+        "generated_tokens": 0,
+        "pairs": 0,
+        "received_bytes": 30,
+        "sent_bytes": 0,
+    }
+
+
+def test_a_postgresql_server_that_accepts_and_says_nothing_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(usage.IMPATIENT, "connect_timeout", "2")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        with pytest.raises(UsageError, match="timeout") as told:
+            UsageStore(f"postgresql://lopa:hush@127.0.0.1:{silent.getsockname()[1]}/lopa")
+        assert "hush" not in str(told.value)
 
 
 def test_a_place_that_cannot_hold_usage_is_told(tmp_path: Path) -> None:

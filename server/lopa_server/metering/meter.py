@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from lopa_server.identity.caller import Caller
 from lopa_server.metering.bucket import TokenBucket
@@ -115,18 +116,18 @@ class Meter:
         self._seen = self._state()
         self._limits = read_limits(limits_file) if limits_file is not None else Limits()
         self._accounts: dict[str, Account] = {}
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Begin to write usage and to follow the limits file."""
         await self.recorder.start()
-        self._task = asyncio.create_task(self._keep_up())
+        self._tasks = [asyncio.create_task(_repeat(self.recorder.flush)), asyncio.create_task(_repeat(self.look_again))]
 
     async def close(self) -> None:
         """Write the rest."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.recorder.close()
 
     def open_calls(self, caller: Caller) -> int:
@@ -175,13 +176,7 @@ class Meter:
             account = self._accounts[tenant] = Account(tenant, self._limits.of(tenant), self._clock)
         return account
 
-    async def _keep_up(self) -> None:
-        while True:
-            await asyncio.sleep(FLUSH_SECONDS)
-            await self.recorder.flush()
-            self.look_again()
-
-    def look_again(self) -> None:
+    async def look_again(self) -> None:
         """Follow the limits file, and forget tenants that have nothing open."""
         self._accounts = {tenant: account for tenant, account in self._accounts.items() if not account.idle}
         state = self._state()
@@ -203,6 +198,13 @@ class Meter:
         except OSError:
             return None
         return (found.st_ino, found.st_mtime_ns, found.st_size) if found is not None else None
+
+
+async def _repeat(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Each by itself: a database that doesn't answer doesn't keep the limits file from being followed. What has begun is finished."""
+    while True:
+        await asyncio.sleep(FLUSH_SECONDS)
+        await asyncio.shield(work())
 
 
 def _until_tomorrow() -> float:

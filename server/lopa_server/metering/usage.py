@@ -7,17 +7,32 @@ loses one interval at most, a drain nothing.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import logging
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple, dataclass, fields
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+IMPATIENT = {
+    "connect_timeout": "5",
+    "tcp_user_timeout": "10000",
+    "keepalives_idle": "5",
+    "keepalives_interval": "5",
+    "keepalives_count": "2",
+}
+"""How libpq finds out within seconds that a PostgreSQL server is gone, where the URL says nothing else."""
+CLOSE_SECONDS = 15.0
+"""For the last write. A database that doesn't answer must not keep the process from ending."""
 
 
 class UsageError(ValueError):
@@ -85,8 +100,8 @@ class UsageStore:
         try:
             url = sa.make_url(place if isinstance(place, str) and "://" in place else f"sqlite:///{place}")
             if url.drivername == "postgresql":
-                url = url.set(drivername="postgresql+psycopg")
-            self.name = url.render_as_string(hide_password=True)
+                url = url.set(drivername="postgresql+psycopg", query={**IMPATIENT, **url.query})
+            self.name = url.set(query={}).render_as_string(hide_password=True)
             self._engine = sa.create_engine(url, pool_pre_ping=True)
             if self._engine.dialect.name not in ("sqlite", "postgresql"):
                 raise UsageError(f"{self.name}: usage can be kept in SQLite or PostgreSQL")
@@ -156,8 +171,9 @@ class UsageRecorder:
                 self._settle()
                 return
             self._writing, self._pending = self._pending, {}
+            store, writing = self._store, self._writing
             try:
-                day, stored = await asyncio.to_thread(self._exchange, self._store, self._writing)
+                day, stored = await _apart(lambda: self._exchange(store, writing))
             except Exception as error:
                 log.error("usage can't be written to %s, and is kept in memory: %s", self._store.name, type(error).__name__)
                 for key, usage in self._writing.items():
@@ -182,9 +198,44 @@ class UsageRecorder:
         return day, sum_by_tenant({}, store.read(day, day).items())
 
     async def close(self) -> None:
-        await self.flush()
-        if self._store is not None:
-            await asyncio.to_thread(self._store.close)
+        """Write the rest. What the database doesn't take within CLOSE_SECONDS goes to the log: it is numbers only."""
+        last = asyncio.create_task(self.flush())
+        done, _ = await asyncio.wait({last}, timeout=CLOSE_SECONDS)
+        if self._store is None:
+            return
+        lost = {**self._writing, **self._pending}
+        for key in self._writing.keys() & self._pending.keys():
+            lost[key] = self._writing[key] + self._pending[key]
+        if lost:
+            log.error("usage that is not in %s: %s", self._store.name, json.dumps(rows(lost)))
+        if not done:
+            last.cancel()
+            await asyncio.wait({last})
+        elif not lost:
+            await _apart(self._store.close)
+
+
+async def _apart(work: Callable[[], Result]) -> Result:
+    """In a thread of its own, which doesn't keep the process from ending: a database may never answer."""
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[Result] = loop.create_future()
+
+    def settle(result: Result | None, error: BaseException | None) -> None:
+        if answer.cancelled():
+            return
+        answer.set_exception(error) if error is not None else answer.set_result(result)  # type: ignore[arg-type]  # then it is one
+
+    def run() -> None:
+        result, failure = None, None
+        try:
+            result = work()
+        except BaseException as error:
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(settle, result, failure)
+
+    threading.Thread(target=run, name="lopa-usage", daemon=True).start()
+    return await answer
 
 
 def sum_by_tenant(start: Mapping[str, Usage], entries: Iterable[tuple[Key, Usage]]) -> dict[str, Usage]:

@@ -27,6 +27,8 @@ Keeper = Callable[[str, Any], Awaitable[None]]
 """Looks at a call's method (its full name) and context. Raises what the call is refused with."""
 Receive = Callable[[Any, Any], Awaitable[Any]]
 """Gets the request, given gRPC's iterator of messages and the call's context."""
+FIRST_SECONDS = 5.0
+"""For a stream's headers and first message to be on their way, once the call is to end."""
 PROBE_SECONDS = 10.0
 """Until a health check's message is there: such calls need neither credentials nor a place."""
 
@@ -66,13 +68,36 @@ class Door(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the s
                     if self._identify is not None:
                         await self._identify(method, context)
                     with self._gate.place(method):
-                        return await behaviour(await receive(requests, context), context)
+                        return await behaviour(await receive(requests, context), _Begun(context))
             except aio.BaseError:  # its client has been told, or is gone
                 raise
             except Exception as error:
                 await context.abort_with_status(rpc_status.to_status(status_for(error)))
 
         return _streaming(handler, behind_the_door)
+
+
+class _Begun:
+    """A call's context whose first write isn't left half-done: gRPC couldn't send a status after it, and the call would never end."""
+
+    def __init__(self, context: Any) -> None:
+        self._context, self._has_begun = context, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    async def write(self, message: Any) -> None:
+        if self._has_begun:
+            await self._context.write(message)
+            return
+        first = asyncio.ensure_future(self._context.write(message))
+        first.add_done_callback(lambda done: done.cancelled() or done.exception())  # looked at, in any case
+        try:
+            await asyncio.shield(first)
+        except asyncio.CancelledError:
+            await asyncio.wait({first}, timeout=FIRST_SECONDS)
+            raise
+        self._has_begun = True
 
 
 def patient(handler: Any, seconds: float) -> Any:
