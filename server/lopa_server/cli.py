@@ -16,13 +16,12 @@ from lopa.noise import ClipAndNoise
 from lopa_server.config import ConfigError, ServerConfig
 from lopa_server.engine.base import UnsupportedModel
 from lopa_server.identity.config import AccessConfig
+from lopa_server.keeper import EXIT_BROKEN, keep_running
 from lopa_server.limits import ServiceLimits, TrafficLimits
 from lopa_server.logs import log_to_stderr
 from lopa_server.metering.cli import DEFAULT_PLACE
 from lopa_server.models import nano_bundle_folder, nano_folder
 
-EXIT_BROKEN = 70
-"""The engine failed for good (sysexits.h, EX_SOFTWARE): whoever started the server should start it again."""
 DEFAULTS = ServerConfig(fm="")
 
 
@@ -82,12 +81,15 @@ def serve(
     metrics_port: Annotated[int | None, typer.Option(help="Show Prometheus metrics at http://METRICS_HOST:PORT/metrics.")] = None,
     metrics_host: Annotated[str, typer.Option(help="Address of the metrics page.")] = DEFAULTS.metrics_host,
     traces: Annotated[bool, typer.Option(help="Send OpenTelemetry spans to OTEL_EXPORTER_OTLP_ENDPOINT.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Start the server again when it has crashed or its engine is stuck.")] = False,
     insecure_listen: Annotated[
         bool, typer.Option(help="Listen beyond this machine although something of encryption and identity is off.")
     ] = False,
 ) -> None:
     """Serve one frozen model to everybody. Ends with SIGTERM or Ctrl-C, after running calls have finished."""
     problems = log_to_stderr(log_level)
+    if restart:
+        sys.exit(keep_running([sys.executable, "-m", "lopa.cli", *(word for word in sys.argv[1:] if word != "--restart")]))
     bundles = bundle or []
     if fm is None and not bundles and nano_bundle_folder().is_dir():
         bundles = [nano_bundle_folder()]
