@@ -41,7 +41,8 @@ check: $(VENV)/.dev  ## format, lint, types, generated code, licences
 secrets: $(VENV)/.dev  ## keys and passwords in the tree (ten seconds)
 	$(BIN)/python scripts/check_secrets.py
 
-audit: $(VENV)/.base  ## known weaknesses of the pinned dependencies: asks the network, so it is no part of check
+audit: $(VENV)/.dev secrets  ## secrets, licences, bill of materials (.venv/sbom.json), known weaknesses of dependencies: asks the network
+	$(BIN)/python scripts/sbom.py --out $(VENV)/sbom.json
 	$(PYTHON) -m venv $(VENV)/audit
 	$(VENV)/audit/bin/python -m pip install -q pip-audit
 	$(VENV)/audit/bin/pip-audit --strict --disable-pip --no-deps -r constraints.txt

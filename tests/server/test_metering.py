@@ -271,12 +271,13 @@ def test_a_database_that_does_not_answer_neither_keeps_the_server_nor_its_limits
 
 def test_a_postgresql_server_that_accepts_and_says_nothing_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(usage.IMPATIENT, "connect_timeout", "2")
+    word = "hush"
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         with pytest.raises(UsageError, match="timeout") as told:
-            UsageStore(f"postgresql://lopa:hush@127.0.0.1:{silent.getsockname()[1]}/lopa")
-        assert "hush" not in str(told.value)
+            UsageStore(f"postgresql://lopa:{word}@127.0.0.1:{silent.getsockname()[1]}/lopa")
+        assert word not in str(told.value)
 
 
 def test_a_place_that_cannot_hold_usage_is_told(tmp_path: Path) -> None:
@@ -353,6 +354,49 @@ def test_a_client_that_does_not_read_holds_nothing_for_long(tiny_fm: Path) -> No
             with pytest.raises(grpc.RpcError) as ended:
                 list(call)
             assert ended.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def test_a_jump_of_the_wall_clock_changes_no_rate_and_moves_counting_to_another_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "limits.toml"
+    path.write_text("[default]\ntokens_per_second = 1\nburst_seconds = 10\npairs_per_day = 3")
+    day = [""]
+    monkeypatch.setattr(usage, "today", lambda: day[0])
+    monkeypatch.setattr(time, "time", lambda: {"2026-05-01": 1.0, "2026-05-09": 1e9, "2026-04-30": -1e9}.get(day[0], 0.0))
+    recorder = UsageRecorder(UsageStore(tmp_path / "usage.sqlite"))
+    meter = Meter(recorder, path, Clock())
+
+    async def use() -> None:
+        for turn, day[0] in enumerate(("2026-05-01", "2026-05-09", "2026-04-30")):
+            call = meter.enter(ACME, "Score", 0)
+            call.spend(pairs=3)
+            with pytest.raises(OverLimit, match="pairs_per_day"):
+                call.spend(pairs=1)
+            if turn == 0:
+                call.spend(tokens=10)
+            with pytest.raises(OverLimit, match="tokens_per_second") as refused:
+                call.spend(tokens=5)
+            assert refused.value.retry_after == pytest.approx(5.0), "the bucket neither filled nor froze"
+            await recorder.flush()
+        await recorder.close()
+
+    asyncio.run(use())
+    stored = UsageStore(tmp_path / "usage.sqlite").read(tenant="acme")
+    assert {key[0]: counted.pairs for key, counted in stored.items()} == {"2026-05-01": 3, "2026-05-09": 3, "2026-04-30": 3}
+
+
+def test_connections_are_bounded(tiny_fm: Path) -> None:
+    config, own = ServerConfig(fm=tiny_fm, threads=1, traffic=TrafficLimits(connections=2)), [("grpc.use_local_subchannel_pool", 1)]
+    with start_server(config) as server, contextlib.ExitStack() as stack:
+        channels = [stack.enter_context(grpc.insecure_channel(server.address, own)) for _ in range(3)]
+        for channel in channels[:2]:
+            assert Client(channel).catalog.GetModel(GET_MODEL).hidden_size == 32
+        with pytest.raises(grpc.RpcError) as refused:
+            Client(channels[2]).catalog.GetModel(GET_MODEL, timeout=20)
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        channels[0].close()
+        assert Client(channels[2]).catalog.GetModel(GET_MODEL, wait_for_ready=True, timeout=120).hidden_size == 32
 
 
 def test_headers_are_bounded(tiny_fm: Path) -> None:
