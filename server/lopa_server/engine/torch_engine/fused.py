@@ -17,13 +17,14 @@ from torch import nn
 from lopa_server.engine.torch_engine.native.elementwise import DTYPES, Elementwise
 from lopa_server.engine.torch_engine.native.kernels import Kernels
 from lopa_server.engine.torch_engine.packed import PackedLinear
+from lopa_server.engine.torch_engine.rotary import Rotations
 
 TRIAL_SCALES = (0.02, 1.0, 50.0)
 """Of the trial inputs: what a model's layers may meet."""
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
 """Relative to a row's largest number: bfloat16's last bits, or float32's, whose sums depend on their order."""
 
-Forward = Callable[[torch.Tensor], torch.Tensor]
+Forward = Callable[..., Any]
 
 
 class Fusions:
@@ -33,8 +34,9 @@ class Fusions:
         self._forwards: dict[nn.Module, Forward] = {}
         if kernels is None:
             return
+        rotations = Rotations(kernels.elementwise, TOLERANCE)
         for module in model.modules():
-            forward = _norm(module, kernels.elementwise) or _gated(module, kernels.elementwise)
+            forward = _norm(module, kernels.elementwise) or _gated(module, kernels.elementwise) or rotations.forward(module)
             if forward is not None:
                 self._forwards[module] = forward
         self.on()

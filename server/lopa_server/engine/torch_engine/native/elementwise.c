@@ -152,3 +152,37 @@ void lopa_silu_mul_backward(void *of_gate, void *of_up, const void *flowing, con
         else
             silu_mul_row_backward(of_gate, of_up, flowing, gate, up, row * width, width, 0);
 }
+
+/* Numbers half a row apart, as pairs, turned by the angle of their position; back: the gradient's way, by the transposed turn. */
+INLINE void rotate_row(void *out, int64_t to, const void *x, int64_t from, const void *cosine, const void *sine, int64_t turn, int64_t half, int back, int bfloat16)
+{
+#pragma omp simd
+    for (int64_t i = 0; i < half; i++) {
+        const float one = load(x, from + i, bfloat16), other = load(x, from + half + i, bfloat16);
+        const float first = load(sine, turn + i, bfloat16), second = load(sine, turn + half + i, bfloat16);
+        const float across = rounded(other * (back ? second : -first), bfloat16), along = rounded(one * (back ? -first : second), bfloat16);
+        store(out, to + i, rounded(one * load(cosine, turn + i, bfloat16), bfloat16) + across, bfloat16);
+        store(out, to + half + i, rounded(other * load(cosine, turn + half + i, bfloat16), bfloat16) + along, bfloat16);
+    }
+}
+
+/* Rotary positions of x, (batches, heads, places, width). Strides are those of batch, head and place; cosine and sine are (places, width)
+ * with a stride of batch. */
+struct lopa_rotation {
+    int64_t batches, heads, places, width, x[3], out[3], turn;
+};
+
+void lopa_rotate(void *out, const void *x, const void *cosine, const void *sine, const struct lopa_rotation *r, int back, int bfloat16)
+{
+#pragma omp parallel for if (r->batches * r->heads * r->places * r->width >= 1 << 14)
+    for (int64_t position = 0; position < r->batches * r->places; position++) {
+        const int64_t batch = position / r->places, place = position % r->places, turn = batch * r->turn + place * r->width;
+        for (int64_t head = 0; head < r->heads; head++) {
+            const int64_t from = batch * r->x[0] + head * r->x[1] + place * r->x[2], to = batch * r->out[0] + head * r->out[1] + place * r->out[2];
+            if (bfloat16)
+                rotate_row(out, to, x, from, cosine, sine, turn, r->width / 2, back, 1);
+            else
+                rotate_row(out, to, x, from, cosine, sine, turn, r->width / 2, back, 0);
+        }
+    }
+}

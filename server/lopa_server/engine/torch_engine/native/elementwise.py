@@ -1,6 +1,6 @@
 """What stands between a model's products, one pass over memory each. Every bound is checked here: the C code trusts what it gets.
 
-Legend: n rows in all, d their width.
+Legend: n rows in all, d their width; b sequences, h heads, t positions, e head width.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class Elementwise:
         self._rms_norm_backward = _function(library.lopa_rms_norm_backward, 4, norm)
         self._silu_mul = _function(library.lopa_silu_mul, 3, shape)
         self._silu_mul_backward = _function(library.lopa_silu_mul_backward, 5, shape)
+        self._rotate = _function(library.lopa_rotate, 4, [ctypes.POINTER(ctypes.c_int64), ctypes.c_int32])
 
     def rms_norm(self, rows: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> torch.Tensor:
         """Rows over the root of their mean square, times offset + weight, (d,)."""
@@ -56,6 +57,25 @@ class Elementwise:
         of_gate, of_up = torch.empty_like(gate), torch.empty_like(gate)
         self._silu_mul_backward(*_places(of_gate, of_up, flowing, gate, up), *_shape(gate), gate.dtype == torch.bfloat16)
         return of_gate, of_up
+
+    def rotate(self, rows: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, *, back: bool = False) -> torch.Tensor:
+        """Rotary positions of (b, h, t, e) rows, e even: the first half of a row goes with the second. back: of gradients.
+
+        cosine, sine: (b or 1, t, e), one after the other.
+        """
+        batches, heads, places, width = rows.shape
+        shape = (1 if len(cosine) == 1 else batches, places, width)
+        for array in (rows, cosine, sine):
+            if array.dtype != rows.dtype or array.dtype not in DTYPES or array.device.type != "cpu":
+                raise IndexError(f"{rows.dtype} rows with turns {array.dtype}")
+        if width % 2 or not cosine.shape == sine.shape == shape or not (cosine.is_contiguous() and sine.is_contiguous()):
+            raise IndexError(f"{tuple(rows.shape)} rows with turns {tuple(cosine.shape)} and {tuple(sine.shape)}")
+        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+        out = torch.empty_like(rows)
+        turn = 0 if len(cosine) == 1 else places * width
+        layout = (ctypes.c_int64 * 11)(batches, heads, places, width, *rows.stride()[:3], *out.stride()[:3], turn)
+        self._rotate(*_places(out, rows, cosine, sine), layout, back, rows.dtype == torch.bfloat16)
+        return out
 
 
 def _function(function: Any, arrays: int, numbers: Sequence[Any]) -> Any:
