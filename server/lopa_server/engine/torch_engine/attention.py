@@ -4,8 +4,9 @@ A step is one packed row of positions, (1, t), of many sequences. Sequences of l
 call of torch's fused attention. Legend: b sequences of a group, q new positions of each (padded), l positions read,
 h heads, e head width.
 
-Torch's fused attention on CPUs has a backward pass for bfloat16 that is many times slower than the products it fuses, so
-plain products are used where a gradient is wanted there; and wherever a model caps its scores or has attention sinks.
+Torch's fused attention on CPUs takes two to three times as long in bfloat16 as plain products with a softmax of ours between
+them, so prompts are read that way where there are kernels. Its backward pass for bfloat16 is many times slower, so plain products
+are used where a gradient is wanted; and wherever a model caps its scores or has attention sinks.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from lopa_server.engine.torch_engine.kv_pool import KvPool
+from lopa_server.engine.torch_engine.native.elementwise import Elementwise
 from lopa_server.engine.torch_engine.native.kernels import Kernels, PagedRows, Slots
-from lopa_server.engine.torch_engine.shared_prefix import KeysValues, attend_behind
+from lopa_server.engine.torch_engine.products import KeysValues, attend, spans
 
 NAME = "lopa_paged"
 
@@ -137,6 +139,8 @@ class Score:
     softcap: float | None
     sinks: torch.Tensor | None
     """(h,) logits that take weight from every row and give nothing."""
+    kernels: Elementwise | None = None
+    """Ours, where no gradient is wanted."""
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """(b, h, q, e) queries over (b, key-value heads, l, e) keys and values: (b, h, q, e). mask: None for causal order."""
@@ -145,14 +149,16 @@ class Score:
             return self._products(query, key, value, mask)
         if mask is not None and query.shape[2] == 1 and on_cpu:
             return self._decode(query, key, value, mask)
+        if self.kernels is not None and spans(key.shape[2]):
+            return attend(query, None, (key, value), mask, self.scaling, self.kernels)
         groups = query.shape[1] // key.shape[1]
         key, value = _repeat(key, groups), _repeat(value, groups)
         return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scaling)
 
     def behind(self, query: torch.Tensor, shared: KeysValues, own: KeysValues, mask: torch.Tensor) -> torch.Tensor:
-        """As `attend_behind`: (b, h, q, e) queries over what all sequences read, and over what each reads alone."""
+        """As `attend`: (b, h, q, e) queries over what all sequences read, and over what each reads alone."""
         if self.softcap is None and self.sinks is None:
-            return attend_behind(query, shared, own, mask, self.scaling)
+            return attend(query, shared, own, mask, self.scaling, self.kernels)
         keys, values = (
             torch.cat([first[None].expand(len(query), -1, -1, -1), then], dim=2) for first, then in zip(shared, own, strict=True)
         )
@@ -198,7 +204,8 @@ def attention(
         KeyError: the model doesn't hand the step through to its attention.
     """
     step: PackedStep | PairsStep = others["paged_step"]
-    score = Score(query.shape[-1] ** -0.5 if scaling is None else scaling, others.get("softcap"), others.get("s_aux"))
+    kernels = None if query.requires_grad or step.pool.kernels is None else step.pool.kernels.elementwise
+    score = Score(query.shape[-1] ** -0.5 if scaling is None else scaling, others.get("softcap"), others.get("s_aux"), kernels)
     return step.attend(cast(int, module.layer_idx), query, key, value, score), None
 
 

@@ -2,6 +2,9 @@
  *
  * Each rounds where transformers' own chain of operations rounds, so that a model's values stay the same.
  */
+#ifdef __AVX512F__
+#pragma GCC target("prefer-vector-width=512") /* compilers hold back, for the sake of processors that slow down */
+#endif
 #include <math.h>
 #include <stdint.h>
 
@@ -185,4 +188,60 @@ void lopa_rotate(void *out, const void *x, const void *cosine, const void *sine,
                 rotate_row(out, to, x, from, cosine, sine, turn, r->width / 2, back, 0);
         }
     }
+}
+
+#define WIDEST 8192 /* numbers of a row of scores */
+#define LANES 16    /* rows are filled up to a multiple of it: what is left over would be computed one by one */
+
+/* Rows of scores, width each, whose last `own` numbers have a mask, (masks, queries, own), or causal order where there is none. Row r is
+ * of query r % queries, in sequence r / queries % masks. */
+struct lopa_scores {
+    int64_t rows, width, own, queries, masks;
+    float scaling;
+};
+
+INLINE void softmax_row(void *scores, const void *mask, int64_t row, const struct lopa_scores *s, int bfloat16)
+{
+    float line[WIDEST + LANES], highest = -INFINITY, total = 0;
+    const int64_t at = row * s->width, query = row % s->queries, border = s->width - s->own;
+    const int64_t masked = (row / s->queries % s->masks * s->queries + query) * s->own;
+    const int32_t read = mask ? s->width : border + query + 1, filled = (read + LANES - 1) / LANES * LANES;
+    const int32_t end = filled < s->width ? filled : s->width;
+#pragma omp simd
+    for (int32_t i = 0; i < end; i++) {
+        const float score = load(scores, at + i, bfloat16) * s->scaling;
+        line[i] = i < read ? score : -INFINITY;
+    }
+    for (int32_t i = end; i < filled; i++)
+        line[i] = -INFINITY;
+    if (mask)
+#pragma omp simd
+        for (int64_t i = 0; i < s->own; i++)
+            line[border + i] += load(mask, masked + i, bfloat16);
+#pragma omp simd reduction(max : highest)
+    for (int32_t i = 0; i < filled; i++)
+        highest = line[i] > highest ? line[i] : highest;
+#pragma omp simd reduction(+ : total)
+    for (int32_t i = 0; i < filled; i++) {
+        const float x = line[i] - highest, weight = exponential(x);
+        line[i] = x < -87.0f ? 0.0f : weight;
+        total += line[i];
+    }
+    const float part = 1.0f / total;
+#pragma omp simd
+    for (int32_t i = 0; i < end; i++)
+        store(scores, at + i, line[i] * part, bfloat16);
+    for (int64_t i = end; i < s->width; i++)
+        store(scores, at + i, 0.0f, bfloat16);
+}
+
+/* Scores to weights, in place. */
+void lopa_softmax(void *scores, const void *mask, const struct lopa_scores *s, int bfloat16)
+{
+#pragma omp parallel for if (s->rows * s->width >= 1 << 13)
+    for (int64_t row = 0; row < s->rows; row++)
+        if (bfloat16)
+            softmax_row(scores, mask, row, s, 1);
+        else
+            softmax_row(scores, mask, row, s, 0);
 }

@@ -14,6 +14,17 @@ import torch
 DTYPES = (torch.float32, torch.bfloat16)
 
 
+WIDEST = 8192
+"""As in elementwise.c: positions that a softmax spans at most."""
+
+
+class _Scores(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "width", "own", "queries", "masks")),
+        ("scaling", ctypes.c_float),
+    )
+
+
 class Elementwise:
     """The library's functions of rows, (..., d) each, on CPUs, float32 or bfloat16. All raise IndexError where arrays don't go together."""
 
@@ -25,6 +36,7 @@ class Elementwise:
         self._silu_mul = _function(library.lopa_silu_mul, 3, shape)
         self._silu_mul_backward = _function(library.lopa_silu_mul_backward, 5, shape)
         self._rotate = _function(library.lopa_rotate, 4, [ctypes.POINTER(ctypes.c_int64), ctypes.c_int32])
+        self._softmax = _function(library.lopa_softmax, 2, [ctypes.POINTER(_Scores)])
 
     def rms_norm(self, rows: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> torch.Tensor:
         """Rows over the root of their mean square, times offset + weight, (d,)."""
@@ -76,6 +88,23 @@ class Elementwise:
         layout = (ctypes.c_int64 * 11)(batches, heads, places, width, *rows.stride()[:3], *out.stride()[:3], turn)
         self._rotate(*_places(out, rows, cosine, sine), layout, back, rows.dtype == torch.bfloat16)
         return out
+
+    def softmax(self, scores: torch.Tensor, own: int, queries: int, scaling: float, mask: torch.Tensor | None) -> None:
+        """In place, over each row of (..., l) scores times `scaling`. The rows are `queries` of a sequence, then those of the next one.
+
+        own: the last so many of l have the mask, additive (b or 1, 1, queries, own); None: there every query reads one more than the last.
+        """
+        rows, width = _shape(scores)
+        if scores.dtype not in DTYPES or scores.device.type != "cpu" or not scores.is_contiguous() or width > WIDEST:
+            raise IndexError(f"softmax of {scores.dtype} {tuple(scores.shape)}")
+        if not 0 < own <= width or not queries or rows % queries or (mask is None and queries > own):
+            raise IndexError(f"{own} of {width} with a mask, {queries} queries of {rows} rows")
+        masks, place = (1, None) if mask is None else (len(mask), mask.data_ptr())
+        if mask is not None and (mask.shape != (masks, 1, queries, own) or not masks or not mask.is_contiguous()):
+            raise IndexError(f"mask {tuple(mask.shape)} for {queries} queries over {own}")
+        if mask is not None and (mask.dtype != scores.dtype or mask.device.type != "cpu"):
+            raise IndexError(f"mask {mask.dtype} for scores {scores.dtype}")
+        self._softmax(scores.data_ptr(), place, _Scores(rows, width, own, queries, masks, scaling), scores.dtype == torch.bfloat16)
 
 
 def _function(function: Any, arrays: int, numbers: Sequence[Any]) -> Any:
