@@ -19,8 +19,15 @@ from detect_secrets.settings import default_settings
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE = ROOT / ".secrets.baseline"
 BINARY = {".safetensors", ".onnx", ".png", ".ort"}
-HASHES = (".secrets.baseline", "server/lopa_server/models/", "training/corpus", "benchmarks/results/", "examples/node/package-lock.json")
-"""Files of digests, which look like keys to a search for random text. Nobody writes in them by hand."""
+HASHES = (
+    ".secrets.baseline",
+    "tests/server/fuzz_corpus.txt",
+    "server/lopa_server/models/",
+    "training/corpus",
+    "benchmarks/results/",
+    "examples/node/package-lock.json",
+)
+"""Files of digests and of a fuzzer, which look like keys to a search for random text. Nobody writes in them by hand."""
 
 
 def files() -> list[str]:
