@@ -2,23 +2,33 @@
 
     python training/people.py --corpus build/corpus --out build/people
 
-`population.jsonl` trains the shared part; on `development.jsonl`, other packages, its settings are chosen. One row per
-example: user, task, prompt, target, append_end. The population packages reached neither lopa-nano nor its
-encoder, and none of the held-out users is among them. Items are cut exactly as the demo cuts those of the held-out users.
+`population.jsonl` trains the shared part; on `development.jsonl`, other packages, its settings are chosen. `priors.jsonl` has the
+population's examples of the tasks that get a prior. One row per example: user, task, prompt, target, append_end, prefix. The population
+packages reached neither lopa-nano nor its encoder, and none of the held-out users is among them. Items are cut exactly as the demo
+and the laboratory cut those of the held-out users.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from lopa.demo.users import HELD_OUT, TASKS, NoSuchUser, TaskSizes, build_task
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the laboratory's tasks, from the repository's root
+
+from lopa.demo.users import HELD_OUT, TASKS, NoSuchUser
+
+from benchmarks.quality.functions import FUNCTION_TASKS
+from benchmarks.quality.tasks import build
 
 COMPLETION_EVERY = 6
 """Completion has little to learn and costs most to train on: every so-many-th package of the population takes part with it."""
+PRIOR_TASKS = ("completion", *FUNCTION_TASKS)
+"""Not filing, where every user has other labels: an average user's factors were tried as a start there and did harm."""
 POPULATION_ITEMS = 160
 """Examples of each person of the population at most: persons count, and what the model read of each example stays in memory."""
 
@@ -42,19 +52,23 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for role, completion_every, most in (("population", COMPLETION_EVERY, POPULATION_ITEMS), ("development", 1, None)):
         chosen = {user: packages[user] for user in split[role] if user in packages}
-        write(args.out / f"{role}.jsonl", chosen, completion_every, most, args.seed)
+        write(args.out / f"{role}.jsonl", chosen, TASKS, completion_every, most, args.seed)
+        if role == "population":
+            write(args.out / "priors.jsonl", chosen, PRIOR_TASKS, 1, None, args.seed)
 
 
-def write(path: Path, packages: dict[str, dict[str, str]], completion_every: int, most: int | None, seed: int) -> None:
+def write(
+    path: Path, packages: dict[str, dict[str, str]], tasks: Sequence[str], completion_every: int, most: int | None, seed: int
+) -> None:
     """The tasks of every package that has enough code, tuning items first. most: examples of each person, None for all."""
     persons, rows = 0, 0
     with path.open("w") as out:
         for number, (user, modules) in enumerate(packages.items()):
-            for task in TASKS:
+            for task in tasks:
                 if task == "completion" and number % completion_every:
                     continue
                 try:
-                    data = build_task(user, task, modules, TaskSizes(), seed)
+                    data = build(user, task, modules, seed)
                 except NoSuchUser as error:
                     print(f"left out: {error}")
                     continue

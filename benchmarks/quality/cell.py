@@ -17,6 +17,7 @@ from lopa.examples import batch
 from lopa.protocol.requests import DTYPES
 from lopa_exporters.frozen import TokenPair
 
+from benchmarks.quality.learners.device import DeviceLearner
 from benchmarks.quality.learners.learner import Learner, State
 from benchmarks.quality.material import Material
 from benchmarks.quality.methods import METHODS, Bench
@@ -71,7 +72,7 @@ class Tuned:
 def score(learner: Learner, material: Material, rows: Sequence[int]) -> Scores:
     """Measure items under the learner's present state."""
     losses = learner.losses(rows, material.of(rows))
-    return Scores((losses.nll.sum() / losses.tokens.sum()).item(), losses.exact.float().mean().item())
+    return Scores(losses.mean().item(), losses.exact.float().mean().item())
 
 
 @torch.no_grad()
@@ -135,6 +136,8 @@ def run(cell: Cell, bench: Bench, material: Material) -> tuple[dict[str, Any], S
     if material.labels:
         row |= {"accuracy": accuracy(learner, material), "labels": len(material.labels)}
     row |= costs(learner, material, cell)
+    if isinstance(learner, DeviceLearner):
+        row |= {"prior": learner.prior}
     return row | {"seconds": time.perf_counter() - began}, state
 
 

@@ -17,7 +17,7 @@ from benchmarks.quality.rates import choose
 from benchmarks.quality.store import Store
 from benchmarks.quality.tasks import ROOT
 
-STAGES = ("main", "others", "sizes", "tasks", "seeds", "sweeps")
+STAGES = ("main", "others", "sizes", "tasks", "priors", "seeds", "sweeps")
 CELLS = ROOT / "benchmarks" / "results" / "quality.jsonl"
 RATE_CELLS = ROOT / "benchmarks" / "results" / "quality-rates.jsonl"
 print = partial(print, flush=True)

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from benchmarks.quality.cell import Cell
 from benchmarks.quality.grid import FEW, SIZES
-from benchmarks.quality.methods import COMPARED, MAIN
+from benchmarks.quality.methods import COMPARED, MAIN, PRIORS
 from benchmarks.quality.store import Row, Store
 from benchmarks.quality.tasks import TASKS, USERS
 
 RESAMPLES = 10_000
+BESIDE_PRIORS = ("prompt_tuning", *PRIORS, "default")
 FEW_USERS = 6
 FEW_METHODS = ("prompt_tuning", "default", "lora_r8")
 
@@ -73,6 +74,13 @@ class Results:
         shared = set.intersection(*(set(chosen[method]) for method in COMPARED))
         kept = {method: [cell for place, cell in cells.items() if place in shared] for method, cells in chosen.items()}
         return {method: cells for method, cells in kept.items() if cells}
+
+
+def with_priors(results: Results, task: str) -> dict[str, list[Cell]]:
+    """A task's cells of prompt tuning, the default and what stands between them, for the users who were measured with all; else empty."""
+    found = {method: {cell.user: cell for cell in results.select(method, (task,)) if cell.seed == 0} for method in BESIDE_PRIORS}
+    users = set.intersection(*map(set, found.values()))
+    return {method: [cells[user] for user in USERS if user in users] for method, cells in found.items()} if users else {}
 
 
 def by_size(results: Results) -> dict[int | None, dict[str, list[Cell]]]:
@@ -135,6 +143,12 @@ def figures(results: Results) -> dict[str, float]:
     values |= _gains(_everywhere(results.common(finished), finished), results, "")
     for task in finished:
         values |= _gains(results.common((task,)), results, f"_{task}")
+    for task in finished:
+        measured = {method: by_user(cells, results.gain) for method, cells in with_priors(results, task).items()}
+        for method in PRIORS:
+            if method in measured:
+                _put(values, f"{method}_gain_{task}", estimate(measured[method]))
+                _put(values, f"default_over_{method}_{task}", ratio(measured["default"], measured[method]))
     if "filing" in finished:
         for method, cells in results.common(("filing",)).items():
             _put(values, f"{method}_filing_accuracy", estimate(by_user(cells, lambda cell: results.rows[cell]["accuracy"])))

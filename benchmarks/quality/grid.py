@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.quality.cell import STEPS, Cell
-from benchmarks.quality.methods import MAIN, SWEEP, rate_of
+from benchmarks.quality.methods import MAIN, PRIORS, SWEEP, UNTUNED, rate_of
 from benchmarks.quality.tasks import TASKS, USERS
 
 RATES = Path(__file__).parent / "rates.json"
@@ -31,7 +31,7 @@ def load_rates() -> Rates:
 
 def cell(rates: Rates, method: str, task: str, user: str, seed: int = 0, size: int | None = None) -> Cell:
     """A cell with its task's steps and its method's learning rate."""
-    if method == "none":
+    if method in UNTUNED:
         return Cell(method, task, user, seed, size)
     return Cell(method, task, user, seed, size, STEPS[task], rates[LIKE_TASK.get(task, task)][rate_of(method)])
 
@@ -41,6 +41,7 @@ def stages(rates: Rates) -> dict[str, list[Cell]]:
     return {
         "main": list(_cells(rates, ("filing", "completion"), MAIN)),
         "tasks": list(_cells(rates, ("naming", "docstring"), MAIN)),
+        "priors": list(_cells(rates, ("naming", "docstring", "completion"), PRIORS)),
         "sizes": [
             cell(rates, method, "filing", user, size=size)
             for size in (FEW, *(size for size in SIZES if size != FEW))

@@ -58,6 +58,12 @@ def _prompt(start: str) -> Make:
     return lambda bench, material, seed: prompts.prompt_tuning(bench.fm, material, seed, rows=ROWS, start=start)
 
 
+def prompts_from_prior(bench: Bench, material: Material, _seed: int) -> Learner:
+    """SPoT (Vu et al. 2022): plain prompt tuning from the mean soft prompt that the default would start with on the user's items."""
+    start = DeviceLearner(bench.fm, bench.encoder, material)
+    return prompts.from_prompt(bench.fm, material, start.soft(material.training).mean(dim=0), start.rate)
+
+
 METHODS: dict[str, Method] = {
     "none": Method("plain model", lambda bench, _material, _seed: PlainLearner(bench.fm)),
     "prompt_tuning": Method("prompt tuning, vocabulary start", _prompt("SAMPLE_VOCAB"), rate=0.1),
@@ -65,6 +71,13 @@ METHODS: dict[str, Method] = {
     "heads": Method("LoPA heads, as in the paper", _heads, rate=0.003),
     "lora_r8": Method("LoRA r = 8", lambda bench, _material, seed: lora(bench.fm, seed, 8), rate=0.003),
     "full": Method("full fine-tuning", lambda bench, _material, _seed: full(bench.fm), rate=0.0003),
+    "default_no_priors": Method(
+        "the shipped default without priors",
+        lambda bench, material, _: DeviceLearner(bench.fm, bench.encoder, material, priors=False),
+        like="default",
+    ),
+    "prior_alone": Method("the prior alone, never tuned", lambda bench, material, _: DeviceLearner(bench.fm, bench.encoder, material)),
+    "prompt_tuning_prior": Method("prompt tuning from the default's prior", prompts_from_prior, like="prompt_tuning"),
     "prompt_tuning_random": Method("prompt tuning, random start", _prompt("RANDOM"), rate=0.1),
     "prefix_tuning": Method("prefix tuning", lambda bench, _material, seed: PrefixLearner(bench.fm, seed, ROWS), rate=0.03),
     "idpg": Method("IDPG", lambda bench, material, seed: prompts.idpg(bench.fm, material, seed, rows=ROWS), rate=0.003),
@@ -103,7 +116,10 @@ MAIN = ("none", "prompt_tuning", "default", "heads", "lora_r8", "full")
 """The methods that matter: all users, tasks and seeds."""
 COMPARED = MAIN[:-1]
 """Those that are compared on exactly the same cells; full fine-tuning, the costliest, on as many of them as it was measured on."""
-SWEEP = tuple(name for name in METHODS if name not in MAIN)
+UNTUNED = ("none", "prior_alone")
+PRIORS = ("prompt_tuning_prior", "default_no_priors", "prior_alone")
+"""What tells the prior's part of the default's gain from the method's, where the bundle has a prior."""
+SWEEP = tuple(name for name in METHODS if name not in (*MAIN, *PRIORS))
 
 
 def rate_of(method: str) -> str:

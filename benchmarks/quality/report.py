@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks.quality.cell import BATCH, STEPS, Cell
-from benchmarks.quality.figures import Estimate, Results, by_size, by_user, estimate, figures, ratio
+from benchmarks.quality.figures import Estimate, Results, by_size, by_user, estimate, figures, ratio, with_priors
 from benchmarks.quality.grid import LIKE_TASK, Rates
 from benchmarks.quality.methods import MAIN, METHODS, ROWS, SWEEP
 from benchmarks.quality.tasks import DEVELOPERS, TASKS
@@ -18,10 +18,11 @@ TITLES = {"completion": "Completion", "filing": "Filing", "naming": "Naming", "d
 
 
 def write(results: Results, rates: Rates, path: Path, pictures: Sequence[Path]) -> None:
-    """Fill the template's fields: {main}, {verdicts}, {examples}, {sweeps}, {rates}, {pictures} and single values."""
+    """Fill the template's fields: {main}, {verdicts}, {priors}, {examples}, {sweeps}, {rates}, {pictures} and single values."""
     values = {
         "main": main_tables(results),
         "verdicts": verdicts(results),
+        "priors": prior_table(results),
         "examples": example_table(results),
         "sweeps": sweep_table(results),
         "rates": rate_table(rates),
@@ -97,6 +98,18 @@ def _comparison(common: Mapping[str, Sequence[Cell]], value: Callable[[Cell], fl
             above = sum(users[ours][user] > other for user, other in users[theirs].items())
             columns += [times(ratio(users[ours], users[theirs])), f"{above} of {len(users[ours])}"]
     return columns
+
+
+def prior_table(results: Results) -> str:
+    """Gains with and without the bundle's priors, by task."""
+    rows = []
+    for task in TASKS:
+        for method, cells in with_priors(results, task).items():
+            gains = by_user(cells, results.gain)
+            taken = sorted({results.rows[cell].get("prior", "") for cell in cells})
+            better = f"{sum(gain > 0 for gain in gains.values())} of {len(gains)}"
+            rows.append([task, METHODS[method].title, ", ".join(taken), percent(estimate(gains)), better])
+    return _table(("task", "method", "prior taken", "gain", "users better"), rows) if rows else "Not measured yet."
 
 
 def example_table(results: Results) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from lopa.bundle import Bundle
 from lopa.encoder import Moments, PromptEncoder
+from lopa.priors import read_priors
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
@@ -61,6 +62,7 @@ class Audit:
         checks: tuple[tuple[str, Callable[[], str]], ...] = (
             ("structure", self._structure),
             ("starting factors", self._factors),
+            ("priors", self._priors),
             ("encode: lengths and batches", self._encode),
             ("compose: batches", self._compose),
             ("update: gradient of compose", self._slope),
@@ -82,6 +84,15 @@ class Audit:
         if not all(np.isfinite(value).all() for value in self.start.values()):
             raise ExportError("factors.safetensors has values that are not finite")
         return f"{sum(value.size for value in self.start.values()):,} values"
+
+    def _priors(self) -> str:
+        """Names, shapes and dtypes as the manifest says; every prior composes."""
+        priors, instance = read_priors(self.bundle), self._instance(1)
+        for name, prior in priors.items():
+            if not prior.finite:
+                raise ExportError(f"prior {name} has values that are not finite")
+            self.encoder.compose(instance, prior.tensors)
+        return ", ".join(priors) or "none"
 
     def _encode(self) -> str:
         """One token to the longest, every batch size; a text alone and padded among others; what the mask hides."""

@@ -76,7 +76,7 @@ def export_bundle(
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         for _ in Audit(Bundle.open(folder)).run():
             pass
-        _publish(folder, out)
+        publish(folder, out)
     return Bundle.open(out)
 
 
@@ -117,7 +117,7 @@ def _manifest(folder: Path, fm: FMSpec, encoder: Encoder | NoEncoder, lopa: LoPA
     )
 
 
-def _publish(folder: Path, out: Path) -> None:
+def publish(folder: Path, out: Path) -> None:
     """Put a finished folder in its place. An old bundle is moved aside first and removed last."""
     aside = folder.parent / "old"
     if out.exists():

@@ -124,6 +124,44 @@ def persons_of(examples: Sequence[Example]) -> tuple[tuple[tuple[str, str], ...]
     return tuple(people), tuple(np.flatnonzero(owners == i) for i in range(len(people)))
 
 
+def by_task(examples: Sequence[Example], tasks: Sequence[str] = ()) -> dict[str, list[Example]]:
+    """Examples of each kind of task, of these or of all.
+
+    Raises:
+        DataError: a task that no example has.
+    """
+    found: dict[str, list[Example]] = {task: [] for task in tasks}
+    for example in examples:
+        if not tasks or example.task in found:
+            found.setdefault(example.task, []).append(example)
+    if missing := [task for task, own in found.items() if not own]:
+        raise DataError(f"no example has the task {missing[0]!r}")
+    return found
+
+
+def tokenize(examples: Sequence[Example], fm: FrozenModel, soft_rows: int) -> list[TokenPair]:
+    """What the model reads of each example.
+
+    soft_rows: rows that the soft prompt takes of the context.
+
+    Raises:
+        DataError: an example does not fit the model's context.
+    """
+    texts = [example.prefix or example.prompt for example in examples]
+    first = fm.tokenize_prompts(texts)
+    behind = fm.tokenize_targets([example.prompt for example in examples], [False] * len(examples))
+    targets = fm.tokenize_targets([example.target for example in examples], [example.append_end for example in examples])
+    tokens = [
+        TokenPair(prompt, target, read) if example.prefix else TokenPair(read, target)
+        for example, read, prompt, target in zip(examples, first, behind, targets, strict=True)
+    ]
+    for example, pair in zip(examples, tokens, strict=True):
+        if soft_rows + len(pair) > fm.context:
+            size = f"{soft_rows} + {len(pair)} positions"
+            raise DataError(f"an example of {example.user}, {example.task} needs {size}; the model's context has {fm.context}")
+    return tokens
+
+
 def build_dataset(
     examples: Sequence[Example],
     fm: FrozenModel,
@@ -141,18 +179,7 @@ def build_dataset(
     Raises:
         DataError: an example does not fit the model's context.
     """
-    texts = [example.prefix or example.prompt for example in examples]
-    first = fm.tokenize_prompts(texts)
-    behind = fm.tokenize_targets([example.prompt for example in examples], [False] * len(examples))
-    targets = fm.tokenize_targets([example.target for example in examples], [example.append_end for example in examples])
-    tokens = [
-        TokenPair(prompt, target, read) if example.prefix else TokenPair(read, target)
-        for example, read, prompt, target in zip(examples, first, behind, targets, strict=True)
-    ]
-    for example, pair in zip(examples, tokens, strict=True):
-        if soft_rows + len(pair) > fm.context:
-            size = f"{soft_rows} + {len(pair)} positions"
-            raise DataError(f"an example of {example.user}, {example.task} needs {size}; the model's context has {fm.context}")
+    tokens = tokenize(examples, fm, soft_rows)
     features = encoder.encode([example.prefix + example.prompt for example in examples], on_progress=on_progress)
     if standardize and isinstance(encoder, Encoder):
         features = encoder.restandardize(features)

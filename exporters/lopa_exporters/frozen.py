@@ -79,6 +79,10 @@ class PairLosses:
     tokens: Tensor
     exact: Tensor
 
+    def mean(self) -> Tensor:
+        """NLL per target token over all pairs together, differentiable: ()."""
+        return self.nll.sum() / self.tokens.sum()
+
 
 @dataclass(frozen=True)
 class FrozenModel:

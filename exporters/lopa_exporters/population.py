@@ -221,7 +221,7 @@ class PopulationTrainer:
             for kind, personal in (("start_nll", fresh), ("nll", own)):
                 soft = soft_prompts(self.method, self.state.shared, personal, self.dataset.features[rows][None])
                 losses = self.fm.losses(soft[0], self.dataset.pairs(rows))
-                figures[kind] = round((losses.nll.sum() / losses.tokens.sum()).item(), 5)
+                figures[kind] = round(losses.mean().item(), 5)
             user, task = self.dataset.persons[self.state.person[slot]]
             _write(log, step=self.state.step, user=user, task=task, age=int(self.state.cohort.ages[slot]), **figures)
 

@@ -156,7 +156,7 @@ class Shrinker:
     @torch.inference_mode()
     def _loss(self, features: Tensor) -> float:
         losses = self.fm.losses(self.lopa(features), self.dataset.pairs(range(len(self.examples))))
-        return (losses.nll.sum() / losses.tokens.sum()).item()
+        return losses.mean().item()
 
 
 def assess(fm: Path, encoder: Path, scheme: str, *, examples: Sequence[Example] = PROBES, max_tokens: int = 256, seed: int = 0) -> Quality:

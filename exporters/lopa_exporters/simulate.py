@@ -50,7 +50,7 @@ def evaluate(
     with torch.inference_mode():
         soft = None if lopa is None else lopa(dataset.features[list(rows)], personal)
         losses = fm.losses(soft, dataset.pairs(rows))
-    return Scores((losses.nll.sum() / losses.tokens.sum()).item(), losses.exact.float().mean().item())
+    return Scores(losses.mean().item(), losses.exact.float().mean().item())
 
 
 def tune_personal(
@@ -96,7 +96,7 @@ def _step(
     """One step on the mean over the batch's target tokens; returns that mean before it."""
     soft = soft_prompt(lopa.config, lopa.shared, parameters, dataset.features[rows])
     losses = fm.losses(soft, dataset.pairs(rows))
-    mean = losses.nll.sum() / losses.tokens.sum()
+    mean = losses.mean()
     optimizer.zero_grad()
     mean.backward()
     nn.utils.clip_grad_norm_(parameters.values(), clip)

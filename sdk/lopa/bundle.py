@@ -1,6 +1,9 @@
 """The bundle: what the exporter hands the device (DESIGN section 3). A folder, and a single-file archive of it.
 
-    manifest.json  tokenizer.json  encode.onnx  compose.onnx  update.onnx  factors.safetensors
+    manifest.json  tokenizer.json  encode.onnx  compose.onnx  update.onnx  factors.safetensors  priors.safetensors
+
+`factors.safetensors` is where a new user begins. `priors.safetensors`, which may be missing, holds further sets of personal tensors to
+begin with, each tuned on a population's examples of one kind of task: the tensors of a set stand there as `SET.NAME`.
 
 Graph contract (all float tensors float32; b batch, t tokens, m rows, d hidden size):
 
@@ -40,6 +43,7 @@ __all__ = [
     "FMSpec",
     "FileSpec",
     "Manifest",
+    "PriorSpec",
     "TensorSpec",
     "TuningDefaults",
     "check_tensors",
@@ -50,6 +54,9 @@ __all__ = [
 SCHEMA = 1
 MANIFEST = "manifest.json"
 FILES = ("tokenizer.json", "encode.onnx", "compose.onnx", "update.onnx", "factors.safetensors")
+"""Those that every bundle has."""
+PRIORS = "priors.safetensors"
+MAX_PRIORS = 32
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_FILE_BYTES = 1 << 30
 MAX_AXES = 8
@@ -57,6 +64,7 @@ MAX_ELEMENTS = 1 << 28
 """Of one tensor: 1 GiB as float32."""
 _HEX = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9_.]{1,100}")
+_PRIOR = re.compile(r"[A-Za-z0-9_-]{1,40}")
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
@@ -106,6 +114,15 @@ class TuningDefaults:
 
 
 @dataclass(frozen=True)
+class PriorSpec:
+    """Personal tensors to start from, other than the plain start."""
+
+    name: str
+    rate: float = 1.0
+    """Part of the learning rate that a run takes which starts here: what is close already needs smaller steps."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything that the device needs to know about a bundle. It sees tensors and graphs by name, no profile's meaning."""
 
@@ -128,9 +145,16 @@ class Manifest:
     carried: tuple[TensorSpec, ...] = ()
     """What compose hands on to update, so that nothing large is computed twice; shapes without the batch axis. A manifest without any
     doesn't name it."""
+    priors: tuple[PriorSpec, ...] = ()
+    """What is in `priors.safetensors`. A manifest without any doesn't name it."""
     schema: int = SCHEMA
     signature: str = ""
     """Ed25519 over the id (`lopa.signing`): 128 hex digits, or empty. Not part of what the id is made of."""
+
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """Of every file but the manifest itself, in the archive's order."""
+        return (*FILES, PRIORS) if self.priors else FILES
 
     @property
     def id(self) -> str:
@@ -143,8 +167,9 @@ class Manifest:
     def _content(self) -> dict[str, Any]:
         content = dataclasses.asdict(self)
         del content["signature"]
-        if not self.carried:
-            del content["carried"]
+        for optional in ("carried", "priors"):
+            if not content[optional]:
+                del content[optional]
         return content
 
     def to_json(self) -> str:
@@ -176,6 +201,7 @@ class Manifest:
                 files={name: FileSpec(**spec) for name, spec in document["files"].items()},
                 tuning=TuningDefaults(**document["tuning"]),
                 carried=_specs(document.get("carried", ())),
+                priors=tuple(PriorSpec(**prior) for prior in document.get("priors", ())),
                 signature=document.get("signature", ""),
             )
             _check(manifest)
@@ -225,12 +251,23 @@ def _check(manifest: Manifest) -> None:
         raise BundleError("manifest.fm.fingerprint must be 64 lower-case hex digits")
     for kind, specs in (("instance", manifest.instance), ("personal", manifest.personal), ("carried", manifest.carried)):
         check_tensors(f"manifest.{kind}", specs)
-    if set(manifest.files) != set(FILES):
-        raise BundleError(f"manifest.files must be exactly {', '.join(FILES)}; it has {', '.join(sorted(manifest.files))[:200]}")
+    check_prior_names([str(prior.name) for prior in manifest.priors])
+    for prior in manifest.priors:
+        real(f"priors.{prior.name}.rate", prior.rate)
+    if set(manifest.files) != set(manifest.file_names):
+        expected, found = ", ".join(manifest.file_names), ", ".join(sorted(manifest.files))[:200]
+        raise BundleError(f"manifest.files must be exactly {expected}; it has {found}")
     for name, file in manifest.files.items():
         integer(f"files.{name}.size", file.size, 1, MAX_FILE_BYTES)
         if not _HEX.fullmatch(str(file.sha256)):
             raise BundleError(f"manifest.files.{name}.sha256 must be 64 lower-case hex digits")
+
+
+def check_prior_names(names: Sequence[str]) -> None:
+    """Raises BundleError: names that a bundle's priors cannot have."""
+    if len(names) > MAX_PRIORS or len(set(names)) != len(names) or not all(map(_PRIOR.fullmatch, names)):
+        odd = ", ".join(names)[:200]
+        raise BundleError(f"manifest.priors has {odd}; it may have {MAX_PRIORS} different names of up to 40 letters, digits, _ and -")
 
 
 def check_tensors(field: str, specs: Sequence[TensorSpec]) -> None:
@@ -294,7 +331,7 @@ class Bundle:
     def write_archive(self, path: Path) -> None:
         """Write the single-file archive; the same bundle always gives the same bytes."""
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-            for name in (MANIFEST, *FILES):
+            for name in (MANIFEST, *self.manifest.file_names):
                 info = zipfile.ZipInfo(name, _EPOCH)
                 info.external_attr = 0o644 << 16
                 archive.writestr(info, (self.folder / name).read_bytes())
@@ -317,16 +354,18 @@ def extract_archive(archive: Path, folder: Path) -> Bundle:
     try:
         with zipfile.ZipFile(archive) as source:
             sizes = {info.filename: info.file_size for info in source.infolist()}
-            if set(sizes) != {MANIFEST, *FILES} or len(source.infolist()) != len(sizes):
-                raise BundleError(f"{archive.name} must hold exactly {', '.join((MANIFEST, *FILES))}")
+            if not {MANIFEST, *FILES} <= set(sizes) <= {MANIFEST, *FILES, PRIORS} or len(source.infolist()) != len(sizes):
+                raise BundleError(f"{archive.name} must hold exactly {', '.join((MANIFEST, *FILES))}, and {PRIORS} if it has any")
             if any(info.compress_type != zipfile.ZIP_STORED for info in source.infolist()):
                 raise BundleError(f"{archive.name} has compressed files; a bundle's are stored as they are")
             if sizes[MANIFEST] > MAX_MANIFEST_BYTES:
                 raise BundleError(f"{MANIFEST} is larger than {MAX_MANIFEST_BYTES} bytes")
             manifest = Manifest.from_json(source.read(MANIFEST).decode("utf-8"))
-            if any(sizes[name] != spec.size for name, spec in manifest.files.items()):
-                raise BundleError(f"{archive.name} has files of other sizes than its manifest says")
-            for name in (MANIFEST, *FILES):
+            if {name: spec.size for name, spec in manifest.files.items()} != {
+                name: size for name, size in sizes.items() if name != MANIFEST
+            }:
+                raise BundleError(f"{archive.name} has other files, or of other sizes, than its manifest says")
+            for name in sizes:
                 _write(folder / name, source.read(name))
     except (zipfile.BadZipFile, OSError, UnicodeDecodeError, NotImplementedError, RuntimeError, EOFError) as error:
         raise BundleError(f"{archive.name} is not a bundle archive: {error}") from error

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from lopa.bundle import FILES, MANIFEST, MAX_MANIFEST_BYTES, Bundle, Manifest, extract_archive
+from lopa.bundle import MANIFEST, MAX_MANIFEST_BYTES, Bundle, Manifest, extract_archive
 from lopa.errors import BundleError, FingerprintMismatch, FolderError, NotFound, ProtocolError, RemoteError, StorageError, Unavailable
 from lopa.files import locked, make_folder, read_limited, storage_error, sync_folder
 from lopa.protocol.flow import Flow, OpenStream, Receive, wait, work
@@ -190,7 +190,7 @@ def _unpack(partial: Path, final: Path, bundle_id: str) -> Bundle:
         bundle = extract_archive(partial, staging)
         if bundle.manifest.id != bundle_id:
             raise BundleError(f"the server sent bundle {bundle.manifest.id[:12]} as {bundle_id[:12]}")
-        _install(staging, final)
+        _install(staging, final, bundle.manifest.file_names)
     except StorageError:
         shutil.rmtree(staging, ignore_errors=True)
         raise  # the download is whole: with more room it goes on from here
@@ -208,10 +208,10 @@ def _check_space(folder: Path, needed: int) -> None:
         raise StorageError(f"the bundle needs {needed >> 20} MiB in {folder}, {free >> 20} MiB are free; set LOPA_CACHE to another place")
 
 
-def _install(staging: Path, final: Path) -> None:
+def _install(staging: Path, final: Path, files: Sequence[str]) -> None:
     """Make the files durable, then visible under the final name; a damaged folder of that name goes."""
     try:
-        for name in (MANIFEST, *FILES):
+        for name in (MANIFEST, *files):
             with (staging / name).open("rb+") as file:
                 os.fsync(file.fileno())
         sync_folder(staging)

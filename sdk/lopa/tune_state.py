@@ -34,6 +34,8 @@ class Progress:
     """Of the factors that the persona had."""
     best_nll: float = float("inf")
     best_step: int = 0
+    prior: str = ""
+    """The bundle's prior that the run started from; empty for its plain start or the persona's own factors."""
     outcome: Literal["running", "finished", "early_stopped", "diverged"] = "running"
     losses: list[float] = field(default_factory=list)
     gradient_norms: list[float] = field(default_factory=list)
@@ -62,6 +64,8 @@ class Progress:
         reals = [*measured, *progress.losses, *progress.gradient_norms, progress.seconds]
         if any(type(count) is not int or count < 0 for count in counts) or any(type(real) not in (int, float) for real in reals):
             raise TypeError("a number of the progress is of another type, or negative")
+        if not isinstance(progress.prior, str):
+            raise TypeError("the prior is not a name")
         if not progress.best_step <= progress.step <= steps or any(step > progress.step for step, _ in progress.validation):
             raise ValueError(f"it is at step {progress.step}, its best at {progress.best_step}; the run has {steps} steps")
         if any(map(math.isnan, measured)) or not len(progress.losses) == len(progress.gradient_norms) == progress.step:

@@ -8,39 +8,32 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import random
-import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lopa import examples as data
 from lopa.control import Budget, Stopped, pair_bytes
-from lopa.encoded import Encoded, encode_examples, pairs_with
+from lopa.encoded import Encoded, encode_examples
 from lopa.encoder import Composed, Moments, PromptEncoder, Tensors
-from lopa.errors import Cancelled, FactorsError, InvalidRequest, LopaError, RemoteError, TuningError
+from lopa.errors import Cancelled, FactorsError, LopaError, RemoteError, TuningError
 from lopa.examples import Example
 from lopa.factors import Factors
 from lopa.folder import PersonaStore
+from lopa.priors import CHOSEN_BY
 from lopa.protocol.flow import Flow, work
 from lopa.protocol.requests import DTYPES
-from lopa.retry import Patience
-from lopa.session import WireOptions
+from lopa.tune_calls import TuningCalls
 from lopa.tune_job import Diverged, Told, TuneJob
 from lopa.tune_state import Progress, TuneState, load_state
 from lopa.tuning import Outcome, TuneProgress, TuneReport
-from lopa.values import Float32, Pair, PairGradient
-from lopa.wire.errors import Reason
 
 if TYPE_CHECKING:
     from lopa.session import Session
-
-Result = TypeVar("Result")
-_OUT_OF_RANGE = (Reason.SOFT_PROMPT_NORM, Reason.SOFT_PROMPT_NOT_FINITE)
 
 
 class Tuner:
@@ -51,19 +44,15 @@ class Tuner:
         record = store.record()
         self._session, self._encoder, self._store, self._job = session, encoder, store, job
         self._config = replace(job.config, placement=job.config.placement or record.placement)
-        self._wire = WireOptions(
-            dtype=self._config.dtype,
-            gradient_dtype=self._config.gradient_dtype,
-            placement=self._config.placement or "front",
-            max_pairs=self._config.microbatch or None,
-        )
         self._current = store.factors(record)
+        self._anew = self._config.fresh or record.version(record.current).origin == "start"
+        self._rates = {prior.name: prior.rate for prior in encoder.bundle.manifest.priors}
         self._start = Factors.start(encoder.bundle) if self._config.fresh else self._current
-        self._patience = Patience(self._config.patience, random.Random(), stop=job.control.stop)
+        self._last = Progress()
+        self._calls = TuningCalls(session, encoder, self._config, job.control.stop, lambda why: self._tell(self._last, why))
         self._budget = Budget(self._config, lambda: session.meter.traffic)
         self._clock = time.monotonic()
         self._counted = session.meter.traffic
-        self._last = Progress()
         self._unsaved: TuneState | None = None
 
     def run(self) -> Flow[TuneReport]:
@@ -140,20 +129,25 @@ class Tuner:
     def _begin(self) -> Flow[TuneState]:
         """Measure what there is: the plain model, the persona's factors, and the start if it is another."""
         plain = yield from self._measure(None)
+        prior = ""
+        if self._anew:
+            some = self._training.take(self._batch(1, CHOSEN_BY))
+            prior, self._start = yield from self._calls.choose_prior(self._start, some)
         start = yield from self._measure(self._start)
-        before = (yield from self._measure(self._current)) if self._config.fresh else start
+        before = start if self._start is self._current else (yield from self._measure(self._current))
         if not math.isfinite(start):
             raise TuningError("the factors to start from give no finite loss; roll back to a sound version or tune with fresh=True")
-        progress = Progress(plain_nll=plain, before_nll=before, best_nll=min(start, before), validation=[(0, start)])
+        progress = Progress(plain_nll=plain, before_nll=before, best_nll=min(start, before), validation=[(0, start)], prior=prior)
         moments = Moments.zeros(self._encoder.bundle.manifest.personal)
-        state = TuneState(self._digest(), self._start.tensors, moments, self._current.tensors, progress)
+        best = self._start if start < before else self._current
+        state = TuneState(self._digest(), self._start.tensors, moments, best.tensors, progress)
         self._account(progress)
         state.save(self._store)
         return state
 
-    def _batch(self, step: int) -> list[int]:
+    def _batch(self, step: int, size: int = 0) -> list[int]:
         count = len(self._training.examples)
-        return data.batch(count, min(self._config.batch_size, count), step, self._config.seed)
+        return data.batch(count, min(size or self._config.batch_size, count), step, self._config.seed)
 
     def _advance(self, state: TuneState) -> Flow[TuneState]:
         """The state after one optimizer step and, when due, a measurement; the one given stays as it is.
@@ -165,7 +159,7 @@ class Tuner:
         config, step = self._config, state.progress.step + 1
         batch = self._training.take(self._batch(step))
         composed = yield from self._composed(batch, state.personal)
-        gradients = yield from self._gradients(batch, composed.soft_prompts)
+        gradients = yield from self._calls.gradients(batch, composed.soft_prompts, self._settle)
         tokens = sum(item.target_tokens for item in gradients)
         mean = np.stack([item.gradient for item in gradients])
         mean /= np.float32(tokens)
@@ -175,7 +169,7 @@ class Tuner:
                 state.personal,
                 state.moments,
                 mean,
-                learning_rate=config.rate(step),
+                learning_rate=config.rate(step) * self._rates.get(state.progress.prior, 1.0),
                 weight_decay=config.weight_decay,
                 clip=config.clip,
                 step=step,
@@ -219,12 +213,6 @@ class Tuner:
         except FactorsError as error:
             raise Diverged(str(error)) from error
 
-    def _gradients(self, batch: Encoded, soft: Float32) -> Flow[list[PairGradient]]:
-        pairs, low = pairs_with(batch, soft), self._config.low_priority
-        return (
-            yield from self._ask(lambda: self._session.prompt_gradients(pairs, self._wire, low_priority=low, meanwhile=self._settle), pairs)
-        )
-
     def _validate(self, state: TuneState) -> Flow[None]:
         """Measure the factors as they would rest on disk, and keep them if they are the best so far."""
         rounded = self._with(state.personal).at_rest()
@@ -234,34 +222,7 @@ class Tuner:
             state.progress.best_nll, state.progress.best_step, state.best = nll, state.progress.step, rounded.tensors
 
     def _measure(self, factors: Factors | None) -> Flow[float]:
-        """NLL per target token over the validation examples, None: of the plain model; infinite for factors that can't be used."""
-        if factors is not None and not factors.finite:
-            return math.inf
-        try:
-            soft = None
-            if factors is not None:
-                soft = yield from work(partial(self._encoder.compose, self._validation.instance, factors.tensors))
-            pairs, low = pairs_with(self._validation, soft), self._config.low_priority
-            scores = yield from self._ask(lambda: self._session.score(pairs, self._wire, low_priority=low), pairs)
-        except (Diverged, FactorsError):
-            return math.inf
-        return sum(score.nll_sum for score in scores) / sum(score.target_tokens for score in scores)
-
-    def _ask(self, call: Callable[[], Flow[Result]], pairs: Sequence[Pair]) -> Flow[Result]:
-        """Call the server, patiently. A soft prompt that it finds too large is the run's own doing: Diverged.
-
-        Raises:
-            TuningError: an example that it refuses; the message shows which.
-        """
-        try:
-            return (yield from self._patience.keep_trying(call, lambda error: self._tell(self._last, str(error))))
-        except InvalidRequest as error:
-            if error.reason in _OUT_OF_RANGE:
-                raise Diverged(str(error)) from error
-            if match := re.match(r"pairs\[(\d+)\]", error.field):
-                text = str(pairs[int(match.group(1))].prompt or pairs[int(match.group(1))].prefix)[:60]
-                raise TuningError(f"the server refuses the example {text!r}: {error}; shorten it or leave it out") from error
-            raise
+        return self._calls.measure(factors, self._validation)
 
     def _with(self, tensors: Tensors) -> Factors:
         return Factors(tensors, self._current.specs, self._current.bundle_id, self._current.fm_fingerprint)
@@ -283,7 +244,7 @@ class Tuner:
     def _finish(self, state: TuneState, resumed_from: int, stopped: Stopped | None) -> TuneReport:
         """Save the best factors if they beat what there was and the plain model, then forget the run; a stopped run is kept instead."""
         progress = state.progress
-        kept = stopped is None and progress.best_step > 0 and progress.best_nll < progress.plain_nll
+        kept = stopped is None and progress.best_nll < min(progress.before_nll, progress.plain_nll)
         if kept:
             placement = self._config.placement or "front"
             self._store.append(self._with(state.best), validation_nll=progress.best_nll, placement=placement)
@@ -297,6 +258,7 @@ class Tuner:
             outcome=stopped or ended,
             plain_nll=progress.plain_nll,
             start_nll=progress.before_nll,
+            prior=progress.prior,
             best_nll=progress.best_nll,
             end_nll=progress.best_nll if kept else progress.before_nll,
             best_step=progress.best_step,

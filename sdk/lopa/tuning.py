@@ -189,12 +189,15 @@ class TuneReport:
     """Of the plain model: factors that are no better than no soft prompt are not kept."""
     start_nll: float
     """Of the factors that the persona had before."""
+    prior: str
+    """The bundle's prior that the run started from, chosen by training examples; empty for the bundle's plain start or the persona's own
+    factors. A persona that was never tuned, or is tuned with `fresh`, starts from a prior if the bundle has one that fits."""
     best_nll: float
     """The lowest that was measured, factors rounded as they rest on disk; of the start if no step was better."""
     end_nll: float
     """Of the factors that the persona has now."""
     best_step: int
-    """0 when no step was better than the start."""
+    """0 when no step was better than the start, be that the persona's factors or a prior."""
     steps: int
     """Steps done."""
     resumed_from: int

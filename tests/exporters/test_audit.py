@@ -71,6 +71,7 @@ def test_a_good_bundle_passes(good: Bundle) -> None:
     assert [check.name for check in Audit(good).run()] == [
         "structure",
         "starting factors",
+        "priors",
         "encode: lengths and batches",
         "compose: batches",
         "update: gradient of compose",

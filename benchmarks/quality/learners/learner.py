@@ -76,7 +76,7 @@ class TorchLearner(ABC):
         self.optimizer.param_groups[0]["lr"] = rate
         losses = self.losses(rows, pairs)
         self.optimizer.zero_grad()
-        (losses.nll.sum() / losses.tokens.sum()).backward()
+        losses.mean().backward()
         nn.utils.clip_grad_norm_(self.parameters.values(), CLIP)
         self.optimizer.step()
 

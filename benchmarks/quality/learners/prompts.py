@@ -54,6 +54,11 @@ def prompt_tuning(fm: FrozenModel, material: Material, seed: int, *, rows: int, 
     return PromptLearner(fm, material, {"prompt": weight}, lambda tensors, x: tensors["prompt"].expand(len(x), -1, -1))
 
 
+def from_prompt(fm: FrozenModel, material: Material, start: Tensor, gain: float) -> PromptLearner:
+    """Prompt tuning from a given soft prompt, (m, d), at `gain` times the learning rate."""
+    return PromptLearner(fm, material, {"prompt": start / gain}, lambda tensors, x: gain * tensors["prompt"].expand(len(x), -1, -1))
+
+
 def idpg(fm: FrozenModel, material: Material, seed: int, *, rows: int) -> PromptLearner:
     """Wu et al. 2022, without the PHM variant: the whole prompt is W2 tanh(W1 x + b1) + b2, for each item its own."""
     generator = torch.Generator().manual_seed(seed)

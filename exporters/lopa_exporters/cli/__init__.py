@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from lopa_exporters.cli.build import build, parse_corrections
 from lopa_exporters.cli.check import inspect, keygen, mobile, sign, verify
 from lopa_exporters.cli.output import TerminalReporter
+from lopa_exporters.cli.priors import priors
 
 __all__ = ["TerminalReporter", "export", "parse_corrections"]
 
@@ -29,5 +30,5 @@ class _BuildByDefault(TyperGroup):
 
 
 export = typer.Typer(cls=_BuildByDefault, no_args_is_help=True, help=(__doc__ or "").partition("\n\n")[0])
-for _command in (build, verify, inspect, mobile, sign, keygen):
+for _command in (build, priors, verify, inspect, mobile, sign, keygen):
     export.command()(_command)

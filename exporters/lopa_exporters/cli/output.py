@@ -80,6 +80,7 @@ def describe(bundle: Bundle) -> dict[str, str]:
         **{name: f"{file.size:,} bytes" for name, file in manifest.files.items()},
         **{f"personal {spec.name}": f"{' x '.join(map(str, spec.shape))} {spec.dtype}" for spec in manifest.personal},
         "a user owns": f"{count:,} values, {size:,} bytes",
+        "priors": ", ".join(f"{prior.name} (rate {prior.rate:g})" for prior in manifest.priors) or "none",
     }
 
 

@@ -164,7 +164,7 @@ def _train(
 
     def loss(rows: Indices) -> Tensor:
         losses = reader.fm.losses(_soft(method, features, rows, train=True), [pairs[row] for row in rows])
-        return losses.nll.sum() / losses.tokens.sum()
+        return losses.mean()
 
     trainer = Trainer(method, plan.recipe, loss, len(pairs), plan.run, identity)
     with reporter.task("Training", trainer.steps) as done:
