@@ -122,7 +122,7 @@ class ServerApp:
         meter = await self._start_meter()
         largest, traffic = self._config.limits.max_message_bytes, self._config.traffic
         self._gate = Gate(self._config.call_bound, largest, meter, traffic)
-        door = Door(self._gate, await self._identify(), traffic.receive_seconds)
+        door = Door(self._gate, await self._identify(), traffic)
         server = grpc.aio.server(
             interceptors=[*self._observability.interceptors, door, TolerantDecoding(NAMES, largest)],
             options=_channel_options(GROSS * largest, traffic),

@@ -65,6 +65,8 @@ class TrafficLimits:
     """A connection without calls is closed after so long."""
     receive_seconds: float = 120.0
     """Until the whole of a call's message has arrived, once the call has a place: who sends slowly, or not at all, can't hold one."""
+    stall_seconds: float = 60.0
+    """That a client may leave a stream's next message unread, once what gRPC takes in for it is full."""
     unary_seconds: float = 600.0
     """A call with one reply takes so long at most, whatever deadline its client has set, or not set."""
     stream_seconds: float = 3600.0

@@ -170,7 +170,7 @@ def test_a_first_message_is_not_left_half_sent() -> None:
 
     async def scenario() -> None:
         slow = Slow()
-        writing = asyncio.create_task(door._Begun(slow).write("a"))
+        writing = asyncio.create_task(door._Begun(slow, 60.0).write("a"))
         await slow.begun.wait()
         writing.cancel()
         for _ in range(5):

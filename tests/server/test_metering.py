@@ -36,7 +36,7 @@ from lopa_server.metering.limits import METRICS, Limits, TenantLimits, read_limi
 from lopa_server.metering.meter import Meter, OverLimit
 from lopa_server.metering.usage import Usage, UsageError, UsageRecorder, UsageStore, today
 
-from tests.server.client import Client, failure, generate_request, pair, soft_prompt
+from tests.server.client import Client, failure, generate_request, pair, soft_prompt, take_apart
 
 GET_MODEL = catalog_pb2.GetModelRequest()
 ACME, OTHER = (Caller(tenant, DEVICE_SCOPES, "test") for tenant in ("acme", "other"))
@@ -354,6 +354,29 @@ def test_a_client_that_does_not_read_holds_nothing_for_long(tiny_fm: Path) -> No
             with pytest.raises(grpc.RpcError) as ended:
                 list(call)
             assert ended.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def test_a_client_that_stops_reading_loses_its_place_and_what_was_kept_for_it(tiny_fm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lopa_server.service.status.TELL_SECONDS", 0.5)
+    config = ServerConfig(fm=tiny_fm, threads=1, traffic=TrafficLimits(stall_seconds=0.5))
+    options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 14), ("grpc.use_local_subchannel_pool", 1)]
+    with (
+        start_server(config) as server,
+        grpc.insecure_channel(server.address, options) as slow,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        calls = [Client(slow).inference.Generate(generate_request(max_tokens=490, logprobs=20)) for _ in range(3)]
+        for call in calls:
+            next(call)
+        end = time.monotonic() + 120
+        while (server.app._gate._taken or server.app.engine.stats().running) and time.monotonic() < end:
+            Client(channel).catalog.GetModel(GET_MODEL)
+        assert server.app._gate._taken == 0, "although its status can't be sent"
+        for call in calls:
+            with pytest.raises(grpc.RpcError) as ended:
+                list(call)
+            told = take_apart(ended.value)
+            assert (told.reason, told.field) == ("TIME_LIMIT", "reading")
 
 
 def test_a_jump_of_the_wall_clock_changes_no_rate_and_moves_counting_to_another_day(

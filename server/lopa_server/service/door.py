@@ -16,12 +16,12 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 from grpc import aio
-from grpc_status import rpc_status
 from lopa.wire.errors import Reason, WireError
 
 from lopa_server.identity.methods import OPEN
+from lopa_server.limits import TrafficLimits
 from lopa_server.service.gate import Gate
-from lopa_server.service.status import status_for
+from lopa_server.service.status import refuse
 
 Keeper = Callable[[str, Any], Awaitable[None]]
 """Looks at a call's method (its full name) and context. Raises what the call is refused with."""
@@ -36,13 +36,9 @@ PROBE_SECONDS = 10.0
 class Door(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs alone
     """Wraps every method. Put it first: interceptors before it see strangers."""
 
-    def __init__(self, gate: Gate, identify: Keeper | None, receive_seconds: float) -> None:
-        """
-        Args:
-            identify: says who calls to everything behind it; None where everybody may.
-            receive_seconds: until a call's message is there, once there is a place.
-        """
-        self._gate, self._identify, self._receive_seconds = gate, identify, receive_seconds
+    def __init__(self, gate: Gate, identify: Keeper | None, traffic: TrafficLimits) -> None:
+        """identify: says who calls to everything behind it; None where everybody may."""
+        self._gate, self._identify, self._traffic = gate, identify, traffic
         self._guarded: dict[str, Any] = {}
         """Handlers by method: made once, not for every call, so that they hold nothing of one."""
 
@@ -59,8 +55,8 @@ class Door(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the s
         return self._guarded[method]
 
     def _guard(self, method: str, handler: Any) -> Any:
-        behaviour, receive = _behaviour(handler), _receiving(method, handler, self._receive_seconds)
-        streams = handler.response_streaming
+        behaviour, receive = _behaviour(handler), _receiving(method, handler, self._traffic.receive_seconds)
+        streams, stall = handler.response_streaming, self._traffic.stall_seconds
 
         async def behind_the_door(requests: Any, context: Any) -> Any:
             try:
@@ -68,28 +64,37 @@ class Door(aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the s
                     if self._identify is not None:
                         await self._identify(method, context)
                     with self._gate.place(method):
-                        return await behaviour(await receive(requests, context), _Begun(context))
+                        return await behaviour(await receive(requests, context), _Begun(context, stall))
             except aio.BaseError:  # its client has been told, or is gone
                 raise
             except Exception as error:
-                await context.abort_with_status(rpc_status.to_status(status_for(error)))
+                await refuse(context, error)
 
         return _streaming(handler, behind_the_door)
 
 
 class _Begun:
-    """A call's context whose first write isn't left half-done: gRPC couldn't send a status after it, and the call would never end."""
+    """A call's context that doesn't wait for ever for a client that doesn't read, and whose first write isn't left half-done: gRPC couldn't
+    send a status after it, and the call would never end.
+    """
 
-    def __init__(self, context: Any) -> None:
-        self._context, self._has_begun = context, False
+    def __init__(self, context: Any, stall_seconds: float) -> None:
+        self._context, self._stall_seconds, self._has_begun = context, stall_seconds, False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
 
     async def write(self, message: Any) -> None:
-        if self._has_begun:
-            await self._context.write(message)
-            return
+        bound = asyncio.timeout(self._stall_seconds)
+        try:
+            async with bound:
+                await (self._context.write(message) if self._has_begun else self._begin(message))
+        except TimeoutError as error:
+            if not bound.expired():
+                raise
+            raise WireError(Reason.TIME_LIMIT, "reading", limit=f"{self._stall_seconds:g} s") from error
+
+    async def _begin(self, message: Any) -> None:
         first = asyncio.ensure_future(self._context.write(message))
         first.add_done_callback(lambda done: done.cancelled() or done.exception())  # looked at, in any case
         try:
@@ -108,7 +113,7 @@ def patient(handler: Any, seconds: float) -> Any:
         try:
             return await behaviour(await receive(requests, context), context)
         except WireError as error:
-            await context.abort_with_status(rpc_status.to_status(status_for(error)))
+            await refuse(context, error)
 
     return _streaming(handler, answer)
 

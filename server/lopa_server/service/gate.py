@@ -9,7 +9,6 @@ from enum import Enum
 from typing import Any
 
 from google.protobuf.message import Message
-from grpc_status import rpc_status
 from lopa.wire.errors import Reason, WireError
 
 from lopa_server.engine.base import Engine
@@ -17,7 +16,7 @@ from lopa_server.identity.caller import ANONYMOUS, current_caller
 from lopa_server.limits import TrafficLimits
 from lopa_server.metering.meter import Meter, MeteredCall
 from lopa_server.service.decoding import Unusable
-from lopa_server.service.status import status_for
+from lopa_server.service.status import refuse
 
 COMPUTED = {"/lopa.v1.Inference/Generate": False, "/lopa.v1.Inference/Score": True, "/lopa.v1.Tuning/PromptGradients": True}
 """Methods that wait for the engine, and whether with pairs."""
@@ -113,7 +112,7 @@ class Gate:
             self._check_request(request, size)
             yield call
         except Exception as error:
-            await context.abort_with_status(rpc_status.to_status(status_for(error)))
+            await refuse(context, error)
         finally:
             self._inside -= 1
             if not self._inside:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
+from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
 from lopa.wire.errors import DOMAIN, Reason, WireError
 
 from lopa_server.engine.base import DeadlineTooShort, EngineRestarting, EngineStopped, QueueFull, UnsupportedSchema
@@ -16,7 +19,22 @@ log = logging.getLogger(__name__)
 
 RETRY_SECONDS = {Reason.STARTING: 5.0, Reason.DRAINING: 1.0, Reason.ENGINE_RESTARTING: 5.0, Reason.TOO_MANY_CALLS: 1.0}
 """Where no queue tells how long it takes: a replica comes back in about so long."""
+TELL_SECONDS = 5.0
 LONGEST_RETRY, SHORTEST_RETRY = 60.0, 0.05
+
+
+async def refuse(context: Any, error: Exception) -> None:
+    """End a call with its status. Raises gRPC's AbortError, or returns when the client doesn't read it within TELL_SECONDS.
+
+    gRPC sends the status behind what has been written already: who reads nothing would hold the call for ever.
+    """
+    bound = asyncio.timeout(TELL_SECONDS)
+    try:
+        async with bound:
+            await context.abort_with_status(rpc_status.to_status(status_for(error)))
+    except TimeoutError:
+        if not bound.expired():
+            raise
 
 
 def status_for(error: Exception) -> status_pb2.Status:
