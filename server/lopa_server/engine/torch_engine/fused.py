@@ -16,7 +16,7 @@ from torch import nn
 
 from lopa_server.engine.torch_engine.native.elementwise import DTYPES, Elementwise
 from lopa_server.engine.torch_engine.native.kernels import Kernels
-from lopa_server.engine.torch_engine.packed import PackedLinear
+from lopa_server.engine.torch_engine.packed import JointPart, PackedLinear
 from lopa_server.engine.torch_engine.rotary import Rotations
 
 TRIAL_SCALES = (0.02, 1.0, 50.0)
@@ -74,7 +74,7 @@ def _gated(module: Any, kernels: Elementwise) -> Forward | None:
     """A feed-forward part with a gate, where the gate's SiLU and its product with the rest are one pass."""
     layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     activation = type(getattr(module, "act_fn", None)).__name__
-    if not all(isinstance(layer, nn.Linear | PackedLinear) for layer in layers) or activation not in ("SiLU", "SiLUActivation"):
+    if not all(isinstance(layer, nn.Linear | PackedLinear | JointPart) for layer in layers) or activation not in ("SiLU", "SiLUActivation"):
         return None
     fused = functools.partial(_through_gate, module, kernels)
     dtype = next((tensor.dtype for tensor in module.parameters()), torch.bfloat16)  # packed layers have no parameters

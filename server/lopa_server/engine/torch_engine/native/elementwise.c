@@ -115,24 +115,24 @@ INLINE float exponential(float x)
     return (p * r * r + r + 1.0f) * power.value;
 }
 
-INLINE void silu_mul_row(void *out, const void *gate, const void *up, int64_t at, int64_t width, int bfloat16)
+INLINE void silu_mul_row(void *out, const void *gate, const void *up, int64_t at, int64_t gates, int64_t ups, int64_t width, int bfloat16)
 {
 #pragma omp simd
-    for (int64_t i = at; i < at + width; i++) {
-        const float x = load(gate, i, bfloat16);
-        store(out, i, rounded(x / (1.0f + exponential(-x)), bfloat16) * load(up, i, bfloat16), bfloat16);
+    for (int64_t i = 0; i < width; i++) {
+        const float x = load(gate, gates + i, bfloat16);
+        store(out, at + i, rounded(x / (1.0f + exponential(-x)), bfloat16) * load(up, ups + i, bfloat16), bfloat16);
     }
 }
 
-/* SiLU of the gate, times up. */
-void lopa_silu_mul(void *out, const void *gate, const void *up, int64_t rows, int64_t width, int bfloat16)
+/* SiLU of the gate, times up. Rows of gate and up begin `gate_stride` and `up_stride` numbers apart. */
+void lopa_silu_mul(void *out, const void *gate, const void *up, int64_t rows, int64_t width, int64_t gate_stride, int64_t up_stride, int bfloat16)
 {
 #pragma omp parallel for if (rows * width >= 1 << 14)
     for (int64_t row = 0; row < rows; row++)
         if (bfloat16)
-            silu_mul_row(out, gate, up, row * width, width, 1);
+            silu_mul_row(out, gate, up, row * width, row * gate_stride, row * up_stride, width, 1);
         else
-            silu_mul_row(out, gate, up, row * width, width, 0);
+            silu_mul_row(out, gate, up, row * width, row * gate_stride, row * up_stride, width, 0);
 }
 
 INLINE void silu_mul_row_backward(void *of_gate, void *of_up, const void *flowing, const void *gate, const void *up, int64_t at, int64_t width, int bfloat16)

@@ -33,7 +33,7 @@ class Elementwise:
         norm = [*shape, ctypes.c_float, ctypes.c_float]
         self._rms_norm = _function(library.lopa_rms_norm, 3, norm)
         self._rms_norm_backward = _function(library.lopa_rms_norm_backward, 4, norm)
-        self._silu_mul = _function(library.lopa_silu_mul, 3, shape)
+        self._silu_mul = _function(library.lopa_silu_mul, 3, [*shape, ctypes.c_int64, ctypes.c_int64])
         self._silu_mul_backward = _function(library.lopa_silu_mul_backward, 5, shape)
         self._rotate = _function(library.lopa_rotate, 4, [ctypes.POINTER(ctypes.c_int64), ctypes.c_int32])
         self._softmax = _function(library.lopa_softmax, 2, [ctypes.POINTER(_Scores)])
@@ -58,9 +58,11 @@ class Elementwise:
 
     def silu_mul(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """SiLU of the gate, times up."""
-        gate, up = _alike(gate, up)
-        out = torch.empty_like(gate)
-        self._silu_mul(*_places(out, gate, up), *_shape(gate), gate.dtype == torch.bfloat16)
+        _check_alike(gate, up)
+        gate, up = _rows(gate), _rows(up)
+        out = torch.empty(gate.shape, dtype=gate.dtype)
+        strides = gate.stride(-2) if gate.dim() > 1 else 0, up.stride(-2) if up.dim() > 1 else 0
+        self._silu_mul(*_places(out, gate, up), *_shape(gate), *strides, gate.dtype == torch.bfloat16)
         return out
 
     def silu_mul_backward(self, flowing: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,13 +116,25 @@ def _function(function: Any, arrays: int, numbers: Sequence[Any]) -> Any:
     return function
 
 
-def _alike(*arrays: torch.Tensor) -> list[torch.Tensor]:
-    """With the numbers side by side."""
+def _check_alike(*arrays: torch.Tensor) -> None:
     first = arrays[0]
     for array in arrays:
         if array.shape != first.shape or array.dtype != first.dtype or array.dtype not in DTYPES or array.device.type != "cpu":
             raise IndexError(f"{array.dtype} {tuple(array.shape)} beside {first.dtype} {tuple(first.shape)}")
+
+
+def _alike(*arrays: torch.Tensor) -> list[torch.Tensor]:
+    """With the numbers side by side."""
+    _check_alike(*arrays)
     return [array.contiguous() for array in arrays]
+
+
+def _rows(array: torch.Tensor) -> torch.Tensor:
+    """With the numbers of a row side by side, and rows all equally far apart."""
+    apart = array.stride(-1) == 1 and all(
+        array.stride(axis) == array.shape[axis + 1] * array.stride(axis + 1) for axis in range(array.dim() - 2) if array.shape[axis] > 1
+    )
+    return array if apart else array.contiguous()
 
 
 def _check_weight(weight: torch.Tensor, rows: torch.Tensor) -> None:
