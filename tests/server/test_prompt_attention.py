@@ -42,8 +42,9 @@ def test_softmax_is_torchs(size: int, queries: int, border: int, own: int, mask_
         added[..., border:] += mask[:, 0].repeat(len(scores) // len(mask), 1, 1)
         wanted = torch.softmax(added, dim=-1)
         for given_mask in (mask, None) if len(masks) == 2 and mask is masks[1] else (mask,):
-            ours = scores.clone()
-            KERNELS.elementwise.softmax(ours, own, queries, 0.3, given_mask)
+            parts = [part.contiguous() for part in (scores[..., :border], scores[..., border:])]
+            KERNELS.elementwise.softmax(parts[0] if border else None, parts[1], queries, 0.3, given_mask)
+            ours = torch.cat(parts, dim=-1)
             torch.testing.assert_close(ours.float(), wanted, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
             assert not ours[..., border:][(mask[:, 0] == -torch.inf).repeat(len(scores) // len(mask), 1, 1)].any()
 
@@ -51,10 +52,10 @@ def test_softmax_is_torchs(size: int, queries: int, border: int, own: int, mask_
 def test_what_is_no_number_stays_in_its_row() -> None:
     scores = torch.zeros(1, 4, 20)
     scores[0, 2, 3] = torch.nan
-    KERNELS.elementwise.softmax(scores, 20, 4, 1.0, None)
+    KERNELS.elementwise.softmax(None, scores, 4, 1.0, None)
     assert [bool(row.isnan().any()) for row in scores[0]] == [False, False, False, False], "causal order: query 2 reads three positions"
     scores[0, 3, 3] = torch.nan
-    KERNELS.elementwise.softmax(scores, 20, 4, 1.0, None)
+    KERNELS.elementwise.softmax(None, scores, 4, 1.0, None)
     assert [bool(row.isnan().any()) for row in scores[0]] == [False, False, False, True]
 
 
@@ -89,14 +90,16 @@ def test_more_positions_than_the_kernel_spans_go_to_torch(monkeypatch: pytest.Mo
 
 
 def test_scores_and_masks_that_do_not_go_together_never_reach_the_kernel() -> None:
-    softmax, scores, mask = KERNELS.elementwise.softmax, torch.zeros(6, 4, 10), torch.zeros(3, 1, 4, 8)
-    softmax(scores, 8, 4, 1.0, mask)
-    for own, queries, other in ((11, 4, None), (0, 4, None), (8, 5, None), (3, 4, None), (8, 0, None), (7, 4, mask), (8, 2, mask)):
+    softmax, scores, mask = KERNELS.elementwise.softmax, torch.zeros(6, 4, 8), torch.zeros(3, 1, 4, 8)
+    shared = torch.zeros(2, 12, 16)
+    softmax(shared, scores, 4, 1.0, mask)
+    for queries, other in ((5, None), (12, None), (0, None), (2, mask), (4, mask.bfloat16()), (4, mask[:0]), (4, mask[0]), (4, mask.mT)):
         with pytest.raises(IndexError):
-            softmax(scores, own, queries, 1.0, other)
-    for strange in (mask.bfloat16(), mask[:0], mask.transpose(2, 3).contiguous().transpose(2, 3), mask[0]):
+            softmax(shared, scores, queries, 1.0, other)
+    wide = torch.zeros(24, WIDEST - 7)
+    for before in (shared.bfloat16(), shared[:1], shared.mT, wide, torch.zeros(23, 16)):
         with pytest.raises(IndexError):
-            softmax(scores, 8, 4, 1.0, strange)
-    for wrong in (scores.double(), scores[..., :8], torch.zeros(1, WIDEST + 1)):
+            softmax(before, scores, 4, 1.0, None)
+    for wrong in (scores.double(), scores[..., :7], torch.zeros(1, WIDEST + 1), torch.zeros(4, 0)):
         with pytest.raises(IndexError):
-            softmax(wrong, 8, 1, 1.0, None)
+            softmax(None, wrong, 1, 1.0, None)

@@ -1,8 +1,8 @@
 """Attention of prompts by plain products, with or without positions in front that all sequences read, such as a system prompt.
 
 Shared keys and values are read once for the whole group, and all queries meet them in one product a head, as in Hydragen
-(arXiv 2402.05099). Scores of the shared and of a sequence's own positions stand side by side in one buffer, so that one
-softmax spans both: nothing has to be merged afterwards.
+(arXiv 2402.05099). One softmax spans the scores of the shared and of a sequence's own positions: nothing has to be merged
+afterwards.
 Legend: b sequences, q new positions of each (padded), p shared positions, l positions of its own, k key-value heads,
 g query heads that share one, e head width.
 """
@@ -41,9 +41,16 @@ def attend(
         some = slice(low, low + at_once)
         fronts = None if shared is None else (shared[0][some], shared[1][some])
         own_keys, own_values = (_for_each_query_head(tensor[:, some], heads // count) for tensor in own)
-        scores = _scores(folded[some], fronts, own_keys, width)
-        weights = _weights(scores, own_keys.shape[1], width, mask, scaling, kernels if spans(behind) else None)
-        _add_up(weights, fronts, own_values, width, out[some])
+        rows = folded[some]
+        scores = torch.bmm(rows.view(-1, width, head), own_keys.transpose(1, 2))
+        before = None if fronts is None else torch.bmm(rows, fronts[0].transpose(1, 2))
+        before, weights = _weights(before, scores, mask, scaling, kernels if spans(behind) else None)
+        mine = out[some].view(-1, width, head)
+        if fronts is None or before is None:
+            torch.bmm(weights, own_values, out=mine)
+        else:
+            torch.bmm(before, fronts[1], out=out[some])
+            mine.baddbmm_(weights, own_values)
     return out.view(heads, size, width, head).transpose(0, 1)
 
 
@@ -52,39 +59,21 @@ def spans(positions: int) -> bool:
     return positions <= WIDEST
 
 
-def _scores(query: torch.Tensor, shared: KeysValues | None, keys: torch.Tensor, width: int) -> torch.Tensor:
-    """(k, g * b * q, e) queries with (k, p, e) and (k * g * b, l, e) keys: (k, g * b * q, p + l), not scaled."""
-    if shared is None:
-        return torch.bmm(query.view(-1, width, query.shape[2]), keys.transpose(1, 2)).view(*query.shape[:2], -1)
-    border = shared[0].shape[1]
-    scores = query.new_empty(*query.shape[:2], border + keys.shape[1])
-    torch.bmm(query, shared[0].transpose(1, 2), out=scores[..., :border])
-    torch.bmm(query.view(-1, width, query.shape[2]), keys.transpose(1, 2), out=scores.view(-1, width, scores.shape[2])[..., border:])
-    return scores
-
-
 def _weights(
-    scores: torch.Tensor, own: int, width: int, mask: torch.Tensor | None, scaling: float, kernels: Elementwise | None
-) -> torch.Tensor:
-    """Their softmax; the scores may be overwritten."""
+    shared: torch.Tensor | None, scores: torch.Tensor, mask: torch.Tensor | None, scaling: float, kernels: Elementwise | None
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The softmax over (k, g * b * q, p) shared and (k * g * b, q, l) own scores together, each part's; they may be overwritten."""
     if kernels is not None:
-        kernels.softmax(scores, own, width, scaling, mask)
-        return scores
+        kernels.softmax(shared, scores, scores.shape[1], scaling, mask)
+        return shared, scores
     scores.mul_(scaling)
     if mask is not None:
-        scores.view(-1, width, scores.shape[2])[..., -own:].unflatten(0, (-1, len(mask))).add_(mask.transpose(0, 1))
-    return torch.softmax(scores, dim=-1)
-
-
-def _add_up(weights: torch.Tensor, shared: KeysValues | None, values: torch.Tensor, width: int, out: torch.Tensor) -> None:
-    """Weights times (k, p, e) and (k * g * b, l, e) values, into (k, g * b * q, e)."""
-    each, mine = weights.view(-1, width, weights.shape[2]), out.view(-1, width, out.shape[2])
+        scores.unflatten(0, (-1, len(mask))).add_(mask.transpose(0, 1))
     if shared is None:
-        torch.bmm(each, values, out=mine)
-        return
-    border = shared[1].shape[1]
-    torch.bmm(weights[..., :border], shared[1], out=out)
-    mine.baddbmm_(each[..., border:], values)
+        return None, torch.softmax(scores, dim=-1)
+    border = shared.shape[2]
+    both = torch.softmax(torch.cat([shared.mul_(scaling).view(len(scores), -1, border), scores], dim=-1), dim=-1)
+    return both[..., :border].reshape(shared.shape), both[..., border:]
 
 
 def _for_each_query_head(tensor: torch.Tensor, queries: int) -> torch.Tensor:

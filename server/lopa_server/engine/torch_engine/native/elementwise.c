@@ -193,31 +193,42 @@ void lopa_rotate(void *out, const void *x, const void *cosine, const void *sine,
 #define WIDEST 8192 /* numbers of a row of scores */
 #define LANES 16    /* rows are filled up to a multiple of it: what is left over would be computed one by one */
 
-/* Rows of scores, width each, whose last `own` numbers have a mask, (masks, queries, own), or causal order where there is none. Row r is
- * of query r % queries, in sequence r / queries % masks. */
+/* Rows of scores in two arrays: `front` of them that every query reads, and `own` that have a mask, (masks, queries, own), or causal
+ * order where there is none. Row r is of query r % queries, in sequence r / queries % masks. */
 struct lopa_scores {
-    int64_t rows, width, own, queries, masks;
+    int64_t rows, front, own, queries, masks;
     float scaling;
 };
 
-INLINE void softmax_row(void *scores, const void *mask, int64_t row, const struct lopa_scores *s, int bfloat16)
+/* The first `count` numbers of a row of scores, to a line of floats. */
+INLINE void read_scores(float *line, const void *scores, int64_t at, int32_t count, float scaling, int bfloat16)
+{
+#pragma omp simd
+    for (int32_t i = 0; i < count; i++)
+        line[i] = load(scores, at + i, bfloat16) * scaling;
+}
+
+INLINE void write_weights(void *scores, int64_t at, const float *line, int32_t count, float part, int bfloat16)
+{
+#pragma omp simd
+    for (int32_t i = 0; i < count; i++)
+        store(scores, at + i, line[i] * part, bfloat16);
+}
+
+INLINE void softmax_row(void *shared, void *scores, const void *mask, int64_t row, const struct lopa_scores *s, int bfloat16)
 {
     float line[WIDEST + LANES], highest = -INFINITY, total = 0;
-    const int64_t at = row * s->width, query = row % s->queries, border = s->width - s->own;
-    const int64_t masked = (row / s->queries % s->masks * s->queries + query) * s->own;
-    const int32_t read = mask ? s->width : border + query + 1, filled = (read + LANES - 1) / LANES * LANES;
-    const int32_t end = filled < s->width ? filled : s->width;
-#pragma omp simd
-    for (int32_t i = 0; i < end; i++) {
-        const float score = load(scores, at + i, bfloat16) * s->scaling;
-        line[i] = i < read ? score : -INFINITY;
-    }
-    for (int32_t i = end; i < filled; i++)
-        line[i] = -INFINITY;
+    const int64_t query = row % s->queries, masked = (row / s->queries % s->masks * s->queries + query) * s->own;
+    const int32_t front = s->front, own = s->own, read = mask ? own : query + 1;
+    const int32_t all = front + read, filled = (all + LANES - 1) / LANES * LANES;
+    read_scores(line, shared, row * front, front, s->scaling, bfloat16);
+    read_scores(line + front, scores, row * own, read, s->scaling, bfloat16);
     if (mask)
 #pragma omp simd
-        for (int64_t i = 0; i < s->own; i++)
-            line[border + i] += load(mask, masked + i, bfloat16);
+        for (int32_t i = 0; i < own; i++)
+            line[front + i] += load(mask, masked + i, bfloat16);
+    for (int32_t i = all; i < filled; i++)
+        line[i] = -INFINITY;
 #pragma omp simd reduction(max : highest)
     for (int32_t i = 0; i < filled; i++)
         highest = line[i] > highest ? line[i] : highest;
@@ -227,21 +238,19 @@ INLINE void softmax_row(void *scores, const void *mask, int64_t row, const struc
         line[i] = x < -87.0f ? 0.0f : weight;
         total += line[i];
     }
-    const float part = 1.0f / total;
-#pragma omp simd
-    for (int32_t i = 0; i < end; i++)
-        store(scores, at + i, line[i] * part, bfloat16);
-    for (int64_t i = end; i < s->width; i++)
-        store(scores, at + i, 0.0f, bfloat16);
+    write_weights(shared, row * front, line, front, 1.0f / total, bfloat16);
+    write_weights(scores, row * own, line + front, read, 1.0f / total, bfloat16);
+    for (int32_t i = read; i < own; i++)
+        store(scores, row * own + i, 0.0f, bfloat16);
 }
 
 /* Scores to weights, in place. */
-void lopa_softmax(void *scores, const void *mask, const struct lopa_scores *s, int bfloat16)
+void lopa_softmax(void *shared, void *scores, const void *mask, const struct lopa_scores *s, int bfloat16)
 {
-#pragma omp parallel for if (s->rows * s->width >= 1 << 13)
+#pragma omp parallel for if (s->rows * (s->front + s->own) >= 1 << 13)
     for (int64_t row = 0; row < s->rows; row++)
         if (bfloat16)
-            softmax_row(scores, mask, row, s, 1);
+            softmax_row(shared, scores, mask, row, s, 1);
         else
-            softmax_row(scores, mask, row, s, 0);
+            softmax_row(shared, scores, mask, row, s, 0);
 }

@@ -20,7 +20,7 @@ WIDEST = 8192
 
 class _Scores(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("rows", "width", "own", "queries", "masks")),
+        *((name, ctypes.c_int64) for name in ("rows", "front", "own", "queries", "masks")),
         ("scaling", ctypes.c_float),
     )
 
@@ -36,7 +36,7 @@ class Elementwise:
         self._silu_mul = _function(library.lopa_silu_mul, 3, [*shape, ctypes.c_int64, ctypes.c_int64])
         self._silu_mul_backward = _function(library.lopa_silu_mul_backward, 5, shape)
         self._rotate = _function(library.lopa_rotate, 4, [ctypes.POINTER(ctypes.c_int64), ctypes.c_int32])
-        self._softmax = _function(library.lopa_softmax, 2, [ctypes.POINTER(_Scores)])
+        self._softmax = _function(library.lopa_softmax, 3, [ctypes.POINTER(_Scores)])
 
     def rms_norm(self, rows: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> torch.Tensor:
         """Rows over the root of their mean square, times offset + weight, (d,)."""
@@ -91,22 +91,29 @@ class Elementwise:
         self._rotate(*_places(out, rows, cosine, sine), layout, back, rows.dtype == torch.bfloat16)
         return out
 
-    def softmax(self, scores: torch.Tensor, own: int, queries: int, scaling: float, mask: torch.Tensor | None) -> None:
-        """In place, over each row of (..., l) scores times `scaling`. The rows are `queries` of a sequence, then those of the next one.
+    def softmax(self, shared: torch.Tensor | None, scores: torch.Tensor, queries: int, scaling: float, mask: torch.Tensor | None) -> None:
+        """In place, over each row of (n, p) shared and (n, l) own scores together, times `scaling`. The n rows are `queries` of a sequence,
+        then those of the next one. shared: None where p is 0.
 
-        own: the last so many of l have the mask, additive (b or 1, 1, queries, own); None: there every query reads one more than the last.
+        mask: additive (b or 1, 1, queries, l) for the own scores; None: there every query reads one more than the last, the first one 1.
         """
-        rows, width = _shape(scores)
-        if scores.dtype not in DTYPES or scores.device.type != "cpu" or not scores.is_contiguous() or width > WIDEST:
-            raise IndexError(f"softmax of {scores.dtype} {tuple(scores.shape)}")
-        if not 0 < own <= width or not queries or rows % queries or (mask is None and queries > own):
-            raise IndexError(f"{own} of {width} with a mask, {queries} queries of {rows} rows")
+        rows, own = _shape(scores)
+        front = 0 if shared is None else shared.shape[-1]
+        for array in (scores,) if shared is None else (scores, shared):
+            if array.dtype != scores.dtype or array.dtype not in DTYPES or array.device.type != "cpu" or not array.is_contiguous():
+                raise IndexError(f"softmax of {array.dtype} {tuple(array.shape)}, beside {scores.dtype}")
+        if own + front > WIDEST or not own or (shared is not None and shared.numel() != rows * front):
+            raise IndexError(f"softmax over {own} and {front} scores of {rows} rows")
+        if not queries or rows % queries or (mask is None and queries > own):
+            raise IndexError(f"{queries} queries over {own}, {rows} rows")
         masks, place = (1, None) if mask is None else (len(mask), mask.data_ptr())
         if mask is not None and (mask.shape != (masks, 1, queries, own) or not masks or not mask.is_contiguous()):
             raise IndexError(f"mask {tuple(mask.shape)} for {queries} queries over {own}")
         if mask is not None and (mask.dtype != scores.dtype or mask.device.type != "cpu"):
             raise IndexError(f"mask {mask.dtype} for scores {scores.dtype}")
-        self._softmax(scores.data_ptr(), place, _Scores(rows, width, own, queries, masks, scaling), scores.dtype == torch.bfloat16)
+        call = _Scores(rows, front, own, queries, masks, scaling)
+        before = None if shared is None else shared.data_ptr()
+        self._softmax(before, scores.data_ptr(), place, call, scores.dtype == torch.bfloat16)
 
 
 def _function(function: Any, arrays: int, numbers: Sequence[Any]) -> Any:
