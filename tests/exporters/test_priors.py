@@ -79,6 +79,20 @@ def test_a_bundle_with_priors_travels_and_is_another(bundle: Bundle, tmp_path: P
     assert read_priors(bundle) == {}
 
 
+def test_the_shipped_priors_are_within_the_server_s_limit() -> None:
+    """Otherwise no device could start from them."""
+    from lopa_server.limits import ServiceLimits
+    from lopa_server.models import nano_bundle_folder, nano_folder
+
+    shipped = Bundle.open(nano_bundle_folder())
+    encoder, priors = PromptEncoder(shipped), read_priors(shipped)
+    features = encoder.encode(["def read_json(path):\n    return ", "class Point:\n", "\n# name: ", "x = 1"])
+    largest = FrozenModel.load(nano_folder()).vocabulary().norm(dim=1).max().item()
+    norms = {name: float(np.linalg.norm(encoder.compose(features, prior.tensors), axis=-1).max()) for name, prior in priors.items()}
+    assert set(norms) == {"completion", "naming", "docstring"}
+    assert max(norms.values()) < 0.75 * ServiceLimits().row_norm_multiple * largest
+
+
 def test_what_cannot_be_a_prior_is_refused(bundle: Bundle, tmp_path: Path) -> None:
     start = Factors.start(bundle)
     with pytest.raises(BundleError, match=r"manifest\.priors"):

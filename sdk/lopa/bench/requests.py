@@ -29,7 +29,7 @@ class RequestMaker:
         """(m, d) Gaussian rows, about as long as the model's longest token embedding."""
         model, rows = self._model, self._workload.rows
         values = np.random.default_rng((self._workload.seed, 1, user)).standard_normal((rows, model.hidden_size), dtype=np.float32)
-        values *= 0.25 * model.limits.max_row_norm / np.sqrt(model.hidden_size)
+        values *= model.limits.max_row_norm / 16 / np.sqrt(model.hidden_size)
         return soft_prompt_message(values, common_pb2.DTYPE_BF16, self._placement)
 
     def generate(self, planned: Planned) -> inference_pb2.GenerateRequest:
