@@ -69,9 +69,16 @@ class Results:
         ]
 
     def common(self, tasks: Sequence[str] = TASKS) -> dict[str, list[Cell]]:
-        """Cells of the main methods, all items, on what all of `COMPARED` were measured on; methods without any are left out."""
+        """Cells of the main methods, all items, on what all of `COMPARED` were measured on; methods without any are left out.
+
+        A task's further seeds count once every user that it was measured for has them, so that no user weighs by chance.
+        """
         chosen = {method: {(cell.task, cell.user, cell.seed): cell for cell in self.select(method, tasks)} for method in MAIN}
         shared = set.intersection(*(set(chosen[method]) for method in COMPARED))
+        users: dict[tuple[str, int], set[str]] = defaultdict(set)
+        for task, user, seed in shared:
+            users[task, seed].add(user)
+        shared = {(task, user, seed) for task, user, seed in shared if users[task, seed] == users[task, 0]}
         kept = {method: [cell for place, cell in cells.items() if place in shared] for method, cells in chosen.items()}
         return {method: cells for method, cells in kept.items() if cells}
 
@@ -160,7 +167,10 @@ def figures(results: Results) -> dict[str, float]:
         row = next((results.rows[cell] for cell in results.select(method)), None)
         if row:
             values[f"{method}_bytes"] = row["device_bytes"] + row["server_bytes"]
-    values |= {"users": len({cell.user for cell in results.rows}), "seeds": len({cell.seed for cell in results.rows})}
+    values |= {
+        "users": len({cell.user for cell in results.rows}),
+        "seeds": min(len({cell.seed for cell in results.common((task,))["default"]}) for task in finished) if finished else 0,
+    }
     return values
 
 
