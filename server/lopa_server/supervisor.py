@@ -15,6 +15,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from lopa_server.bounds import Bounds, OutOfTime
 from lopa_server.engine.base import (
     Delta,
     EngineRestarting,
@@ -66,7 +67,7 @@ class SupervisedEngine:
         self._engine: TorchEngine | None = None
         self._spec: EngineSpec | None = None
         self._stats = EngineStats()
-        self._bounds: set[asyncio.Timeout] = set()
+        self._bounds = Bounds()
         self._tasks: list[asyncio.Task[None]] = []
         self._restarts: list[float] = []
         self._closing = False
@@ -144,17 +145,10 @@ class SupervisedEngine:
     @contextlib.asynccontextmanager
     async def _answered(self) -> AsyncIterator[None]:
         """Around a wait for the engine: ends it when the engine has failed."""
-        bound = asyncio.timeout(None)
         try:
-            async with bound:
-                self._bounds.add(bound)
-                try:
-                    yield
-                finally:
-                    self._bounds.discard(bound)
-        except TimeoutError as error:
-            if not bound.expired():
-                raise
+            async with self._bounds.limit(None):
+                yield
+        except OutOfTime as error:
             raise EngineRestarting("the engine is stuck") from error
         except EngineStopped as error:
             if self._closing:
@@ -224,8 +218,7 @@ class SupervisedEngine:
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.ask_to_stop()
-        for bound in list(self._bounds):
-            bound.reschedule(0.0)
+        self._bounds.end_all()
         if self._report is not None:
             await self._report(False)
         self.gave_up.set()

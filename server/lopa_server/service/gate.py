@@ -11,6 +11,7 @@ from typing import Any
 from google.protobuf.message import Message
 from lopa.wire.errors import Reason, WireError
 
+from lopa_server.bounds import Bounds, OutOfTime
 from lopa_server.engine.base import Engine
 from lopa_server.identity.caller import ANONYMOUS, current_caller
 from lopa_server.limits import TrafficLimits
@@ -42,7 +43,7 @@ class Gate:
         self._places, self._taken = places, 0
         self._max_message_bytes = max_message_bytes
         self._meter, self._traffic = meter, traffic
-        self._bounds: set[asyncio.Timeout] = set()
+        self._bounds = Bounds()
         self._ended = False
         self._inside = 0
         self._empty = asyncio.Event()
@@ -58,17 +59,10 @@ class Gate:
             WireError: TIME_LIMIT inside the call, or DRAINING once `end_all` was called.
         """
         seconds = self._traffic.stream_seconds if streams else self._traffic.unary_seconds
-        bound = asyncio.timeout(seconds)
         try:
-            async with bound:
-                self._bounds.add(bound)
-                try:
-                    yield
-                finally:
-                    self._bounds.discard(bound)
-        except TimeoutError as error:
-            if not bound.expired():
-                raise
+            async with self._bounds.limit(seconds):
+                yield
+        except OutOfTime as error:
             if self._ended:
                 raise WireError(Reason.DRAINING) from error
             raise WireError(Reason.TIME_LIMIT, method.rpartition("/")[2], limit=f"{seconds:g} s") from error
@@ -127,9 +121,7 @@ class Gate:
     def end_all(self) -> None:
         """Every call that still runs, be it that its request is being received, ends with DRAINING."""
         self._ended = True
-        for bound in self._bounds:
-            if not bound.expired():
-                bound.reschedule(asyncio.get_running_loop().time())
+        self._bounds.end_all()
 
     def _check_state(self) -> None:
         if self.state is State.STARTING:
