@@ -5,6 +5,7 @@ Legend: b examples, m rows, d hidden size.
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import re
@@ -28,6 +29,7 @@ from lopa.wire.errors import Reason
 if TYPE_CHECKING:
     from lopa.session import Session
 
+log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 _OUT_OF_RANGE = (Reason.SOFT_PROMPT_NORM, Reason.SOFT_PROMPT_NOT_FINITE)
 
@@ -72,6 +74,8 @@ class TuningCalls:
         measured = {}
         for name, prior in priors.items():
             measured[name] = yield from self._each(prior, examples)
+            if math.inf in measured[name]:
+                log.warning("the bundle's prior of %s can't be used with this server: its soft prompts are out of range", name)
         chosen = choose(plain, begun, measured)
         return chosen, priors.get(chosen, start)
 

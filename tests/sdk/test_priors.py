@@ -83,3 +83,14 @@ def test_a_prior_is_chosen_when_it_is_better_on_nearly_every_example(
     plain: list[float], start: list[float], priors: dict[str, list[float]], chosen: str
 ) -> None:
     assert choose(plain, start, priors) == chosen
+
+
+def test_a_prior_that_the_server_refuses_is_told(completion: list[lopa.Example], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from lopa_server.app import ServerConfig, start_server
+    from lopa_server.limits import ServiceLimits
+    from lopa_server.models import nano_bundle_folder, nano_folder
+
+    config = ServerConfig(fm=nano_folder(), bundle=nano_bundle_folder(), threads=1, limits=ServiceLimits(row_norm_multiple=4.0))
+    with start_server(config) as server, lopa.connect(server.address, config=lopa.ClientConfig(cache=tmp_path / "cache")) as client:
+        report = client.personal(tmp_path / "me").tune(completion, steps=1, batch_size=4)
+    assert report.prior == "" and "prior of completion can't be used" in caplog.text
