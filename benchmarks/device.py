@@ -24,7 +24,8 @@ import lopa
 import torch
 from _installation import device_process, import_seconds, install, site_packages_mb
 from _step import BATCH, measure_step, petals_bytes
-from lopa.bundle import Bundle, FMSpec
+from lopa.bundle import Bundle
+from lopa.manifest import FMSpec
 from lopa_exporters.bundle import export_bundle
 from lopa_exporters.encoder import Encoder, EncoderConfig
 from lopa_exporters.lopa import LoPAConfig, init_lopa, soft_prompt

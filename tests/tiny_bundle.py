@@ -43,7 +43,7 @@ def build_tiny_bundle(fm: Path, out: Path, *, seed: int = 0, profile: str = "fac
 
     The same arguments always give the same bundle id. Soft prompts for two different inputs differ clearly.
     """
-    from lopa.bundle import TuningDefaults
+    from lopa.manifest import TuningDefaults
     from lopa_exporters.bundle import export_bundle, read_fm_spec
 
     encoder, lopa = build_tiny_parts(fm, seed=seed, profile=profile)

@@ -17,8 +17,8 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from lopa.bundle import TuningDefaults
 from lopa.examples import permutation
+from lopa.manifest import TuningDefaults
 from lopa.tuning import TuneConfig
 from lopa_exporters.bundle import export_bundle, read_fm_spec
 from lopa_exporters.cli import TerminalReporter

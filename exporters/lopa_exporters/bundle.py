@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from lopa.bundle import FILES, MANIFEST, Bundle, EncoderSpec, FMSpec, Manifest, TensorSpec, TuningDefaults, digest_file
+from lopa.bundle import Bundle, digest_file
 from lopa.fingerprint import fingerprint_folder
+from lopa.manifest import FILES, MANIFEST, EncoderSpec, FMSpec, Manifest, TensorSpec, TuningDefaults
 from safetensors.torch import save as serialize
 from torch import Tensor
 

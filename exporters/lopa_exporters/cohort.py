@@ -18,7 +18,7 @@ from lopa_exporters.lopa import LoPAConfig, Tensors, soft_prompt
 
 @dataclass(frozen=True)
 class StepSettings:
-    """One AdamW step, as `lopa.bundle.TuningDefaults` has it."""
+    """One AdamW step, as `lopa.manifest.TuningDefaults` has it."""
 
     learning_rate: float
     weight_decay: float = 0.0

@@ -11,7 +11,8 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from lopa.bundle import Bundle, FMSpec, TuningDefaults
+from lopa.bundle import Bundle
+from lopa.manifest import FMSpec, TuningDefaults
 
 from lopa_exporters.backbone import plain_tokenizer
 from lopa_exporters.bundle import export_bundle, read_fm_spec

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lopa.bundle import MANIFEST, PRIORS, Bundle, PriorSpec, digest_file
+from lopa.bundle import Bundle, digest_file
 from lopa.encoder import Moments, PromptEncoder, Tensors
 from lopa.factors import Factors
+from lopa.manifest import MANIFEST, PRIORS, PriorSpec
 from lopa.tensorfile import write_tensors
 from lopa.values import Float32
 from torch import Tensor

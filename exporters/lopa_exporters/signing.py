@@ -8,7 +8,8 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
-from lopa.bundle import MANIFEST, Bundle
+from lopa.bundle import Bundle
+from lopa.manifest import MANIFEST
 from lopa.signing import signed_message
 
 

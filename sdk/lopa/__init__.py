@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lopa.archive import import_persona
     from lopa.async_client import AsyncClient, connect_async
     from lopa.async_persona import AsyncPersona
-    from lopa.bundle import Bundle, Manifest
+    from lopa.bundle import Bundle
     from lopa.client import Client, connect
     from lopa.config import ClientConfig
     from lopa.control import TuneControl
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from lopa.examples import Example
     from lopa.factors import Factors
     from lopa.folder import personas
+    from lopa.manifest import Manifest
     from lopa.noise import ClipAndNoise
     from lopa.persona import Persona, open_personal
     from lopa.record import Version
@@ -85,7 +86,8 @@ _HOMES = {
     "lopa.archive": "import_persona",
     "lopa.async_client": "AsyncClient connect_async",
     "lopa.async_persona": "AsyncPersona",
-    "lopa.bundle": "Bundle Manifest",
+    "lopa.bundle": "Bundle",
+    "lopa.manifest": "Manifest",
     "lopa.client": "Client connect",
     "lopa.config": "ClientConfig",
     "lopa.control": "TuneControl",

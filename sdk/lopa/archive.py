@@ -16,10 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lopa.bundle import MAX_FILE_BYTES
 from lopa.errors import FolderError, StorageError
 from lopa.files import make_folder, read_limited, storage_error, write_atomic
 from lopa.folder import DAMAGE, PersonaStore
+from lopa.manifest import MAX_FILE_BYTES
 from lopa.record import Record
 
 FORMAT = "lopa.persona.1"

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from lopa.bundle import MANIFEST, MAX_MANIFEST_BYTES, Bundle, Manifest, extract_archive
+from lopa.bundle import Bundle, extract_archive
 from lopa.errors import BundleError, FingerprintMismatch, FolderError, NotFound, ProtocolError, RemoteError, StorageError, Unavailable
 from lopa.files import locked, make_folder, read_limited, storage_error, sync_folder
+from lopa.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest
 from lopa.protocol.flow import Flow, OpenStream, Receive, wait, work
 from lopa.signing import check_signature
 from lopa.v1 import catalog_pb2

@@ -14,8 +14,9 @@ import numpy as np
 import onnxruntime
 from tokenizers import Tokenizer
 
-from lopa.bundle import Bundle, TensorSpec
+from lopa.bundle import Bundle
 from lopa.errors import BundleError, FactorsError
+from lopa.manifest import TensorSpec
 from lopa.values import Float32, unicode_text
 
 Tensors = Mapping[str, Float32]

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lopa.bundle import Bundle, TensorSpec
+from lopa.bundle import Bundle
 from lopa.errors import FactorsError
+from lopa.manifest import TensorSpec
 from lopa.tensorfile import STORED, read_metadata, read_tensors, write_tensors
 from lopa.values import Float32
 

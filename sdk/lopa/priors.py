@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from lopa.bundle import PRIORS, Bundle
+from lopa.bundle import Bundle
 from lopa.factors import Factors
+from lopa.manifest import PRIORS
 from lopa.tensorfile import read_tensors
 
 CHOSEN_BY = 16

@@ -11,8 +11,8 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from lopa.bundle import MAX_FILE_BYTES, TensorSpec, check_tensors
 from lopa.errors import FolderError
+from lopa.manifest import MAX_FILE_BYTES, TensorSpec, check_tensors
 from lopa.values import Placement
 from lopa.vault import Lock
 

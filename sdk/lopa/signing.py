@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lopa.errors import BundleError
 
 if TYPE_CHECKING:
-    from lopa.bundle import Manifest
+    from lopa.manifest import Manifest
 
 _CONTEXT = b"lopa.bundle.v1\n"
 

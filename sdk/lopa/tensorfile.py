@@ -15,8 +15,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from lopa.bundle import TensorSpec
 from lopa.errors import FactorsError
+from lopa.manifest import TensorSpec
 from lopa.values import Float32
 
 STORED: Mapping[str, type[np.floating[Any]]] = {"F16": np.float16, "F32": np.float32}

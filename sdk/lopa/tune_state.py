@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
-from lopa.bundle import TensorSpec
 from lopa.encoder import Moments, Tensors
 from lopa.errors import FactorsError, FolderError
+from lopa.manifest import TensorSpec
 from lopa.tensorfile import MAX_HEADER_BYTES, read_metadata, read_tensors, write_tensors
 from lopa.values import Float32
 

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypedDict, Unpack, get_args
 
-from lopa.bundle import Manifest
 from lopa.control import Stopped
 from lopa.errors import TuningError
 from lopa.files import write_atomic
+from lopa.manifest import Manifest
 from lopa.values import Dtype, Placement
 
 Schedule = Literal["constant", "linear", "cosine"]

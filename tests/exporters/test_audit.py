@@ -8,8 +8,9 @@ from pathlib import Path
 
 import onnx
 import pytest
-from lopa.bundle import FILES, MANIFEST, Bundle, Manifest, digest_file
+from lopa.bundle import Bundle, digest_file
 from lopa.errors import BundleError
+from lopa.manifest import FILES, MANIFEST, Manifest
 from lopa.signing import check_signature
 from lopa_exporters.audit import Audit
 from lopa_exporters.signing import create_key, sign_bundle

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lopa.bundle import PRIORS, Bundle, BundleError, extract_archive
+from lopa.bundle import Bundle, BundleError, extract_archive
 from lopa.encoder import PromptEncoder
 from lopa.factors import Factors
+from lopa.manifest import PRIORS
 from lopa.priors import read_priors
 from lopa_exporters.audit import Audit
 from lopa_exporters.cli import export

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import lopa
 import pytest
-from lopa.bundle import MANIFEST, Bundle
+from lopa.bundle import Bundle
+from lopa.manifest import MANIFEST
 from lopa.tuning import TuneOptions
 
 from tests.tiny import build_tiny_fm

@@ -13,8 +13,9 @@ from pathlib import Path
 import grpc
 import lopa
 import pytest
-from lopa.bundle import Bundle, FMSpec
+from lopa.bundle import Bundle
 from lopa.cache import cache_folder, cached_bundle, list_bundles
+from lopa.manifest import FMSpec
 from lopa.retry import RetryPolicy
 from lopa.v1 import catalog_pb2, catalog_pb2_grpc
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import lopa
 import numpy as np
 import pytest
-from lopa.bundle import Bundle, TensorSpec, digest_file
+from lopa.bundle import Bundle, digest_file
 from lopa.encoder import Moments, PromptEncoder
+from lopa.manifest import TensorSpec
 
 from tests.sdk.conftest import variant
 

@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from lopa import files
-from lopa.bundle import Bundle, TensorSpec
+from lopa.bundle import Bundle
 from lopa.folder import KEPT_VERSIONS, PersonaStore
+from lopa.manifest import TensorSpec
 from lopa.tensorfile import read_metadata, read_tensors, write_tensors
 from safetensors.numpy import load
 

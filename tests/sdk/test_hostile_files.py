@@ -13,12 +13,13 @@ from typing import Any
 import lopa
 import numpy as np
 import pytest
-from lopa.bundle import MANIFEST, Bundle, Manifest, TensorSpec, TuningDefaults, extract_archive
+from lopa.bundle import Bundle, extract_archive
 from lopa.encoder import Moments, PromptEncoder
 from lopa.errors import BundleError, FactorsError, FolderError, InvalidRequest, TuningError
 from lopa.examples import text_for_encoder
 from lopa.factors import Factors
 from lopa.folder import PersonaStore, personas
+from lopa.manifest import MANIFEST, Manifest, TensorSpec, TuningDefaults
 from lopa.protocol.requests import prompt_message, target_message
 from lopa.sources import read_jsonl
 from lopa.tune_state import Progress, TuneState, load_state

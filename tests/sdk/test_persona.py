@@ -8,8 +8,9 @@ from pathlib import Path
 import lopa
 import numpy as np
 import pytest
-from lopa.bundle import Bundle, FMSpec
+from lopa.bundle import Bundle
 from lopa.folder import PersonaStore
+from lopa.manifest import FMSpec
 from lopa.tuning import TuneOptions
 
 from tests.sdk.conftest import EXAMPLES, variant

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import lopa
 import pytest
-from lopa.bundle import MANIFEST, Bundle
+from lopa.bundle import Bundle
 from lopa.cache import cached_bundle
+from lopa.manifest import MANIFEST
 from lopa_exporters.signing import create_key, sign_bundle
 
 from tests.sdk.conftest import EXAMPLES

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lopa.bundle import FILES, MANIFEST, Bundle, EncoderSpec, FMSpec, Manifest, TensorSpec, digest_file
+from lopa.bundle import Bundle, digest_file
+from lopa.manifest import FILES, MANIFEST, EncoderSpec, FMSpec, Manifest, TensorSpec
 
 
 def write_bundle(folder: Path, *, fingerprint: str, rows: int = 4, hidden: int = 32) -> Bundle:

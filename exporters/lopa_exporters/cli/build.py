@@ -73,7 +73,7 @@ def build(
     ] = None,
 ) -> None:
     """Make a bundle for a foundation model: train the shared part on a population, export the graphs, verify them against torch."""
-    from lopa.bundle import TuningDefaults
+    from lopa.manifest import TuningDefaults
     from transformers.utils import logging as chatter
 
     from lopa_exporters.cohort import StepSettings

@@ -31,9 +31,10 @@ def priors(
     Devices whose persona was never tuned start from the prior that fits their examples, if one does. Good for tasks whose answers mean the
     same for everybody; where each user has labels of their own, leave the task out.
     """
-    from lopa.bundle import Bundle, check_prior_names
+    from lopa.bundle import Bundle
     from lopa.encoder import PromptEncoder
     from lopa.factors import Factors
+    from lopa.manifest import check_prior_names
     from transformers.utils import logging as chatter
 
     from lopa_exporters.bundle import read_fm_spec
