@@ -138,6 +138,11 @@ def serve(
         drain_seconds=drain_seconds,
         ready_file=ready_file,
     )
+    _run(config, problems)
+
+
+def _run(config: ServerConfig, problems: list[str]) -> None:
+    """Serve until the end. problems: found already, told with all others."""
     try:
         config.check(problems)
         asyncio.run(_serve(config))
