@@ -62,8 +62,7 @@ def export_bundle(
         raise ValueError(f"the soft prompt has hidden size {lopa.config.hidden}, the model {fm.name} has {fm.hidden_size}")
     if lopa.config.features != encoder.width:
         raise ValueError(f"the heads read {lopa.config.features} features, the encoder gives {encoder.width}")
-    if out.exists() and not (out / MANIFEST).is_file():
-        raise ValueError(f"{out} exists and is not a bundle; give a new folder")
+    check_place(out)
     dtype = personal_dtype or ("F16" if lopa.config.profile == "factors" else "F32")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
@@ -79,6 +78,12 @@ def export_bundle(
             pass
         publish(folder, out)
     return Bundle.open(out)
+
+
+def check_place(out: Path) -> None:
+    """Raises ValueError: something is there that is no bundle, and so is not replaced. Ask before long work, too."""
+    if out.exists() and not (out / MANIFEST).is_file():
+        raise ValueError(f"{out} exists and is not a bundle; give a new folder")
 
 
 def _at_rest(lopa: LoPA, dtype: str) -> LoPA:

@@ -15,7 +15,7 @@ from lopa.bundle import Bundle
 from lopa.manifest import FMSpec, TuningDefaults
 
 from lopa_exporters.backbone import plain_tokenizer
-from lopa_exporters.bundle import export_bundle, read_fm_spec
+from lopa_exporters.bundle import check_place, export_bundle, read_fm_spec
 from lopa_exporters.curves import EventWriter, plot
 from lopa_exporters.data import Dataset, Example, build_dataset, persons_of, read_examples, split_rows
 from lopa_exporters.encoder import Encoder, EncoderConfig, NoEncoder
@@ -88,6 +88,7 @@ def make_bundle(plan: ExportPlan, reporter: Reporter) -> Made:
         ValueError, OSError: a model, a file or a setting that cannot be used. DataError: an example that cannot be.
         ExportError: an exported graph is not what torch computes, or a quantized one costs more than the gate allows.
     """
+    check_place(plan.out)
     spec, fm, encoder, lopa = load_parts(plan, reporter)
     if plan.population is not None and plan.trained is None:
         dataset = prepare(plan.population, fm, encoder, lopa.config, reporter)

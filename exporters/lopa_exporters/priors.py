@@ -27,7 +27,7 @@ from lopa.values import Float32
 from torch import Tensor
 
 from lopa_exporters.audit import Audit
-from lopa_exporters.bundle import publish
+from lopa_exporters.bundle import check_place, publish
 from lopa_exporters.data import Example, Indices, persons_of, tokenize
 from lopa_exporters.frozen import FrozenModel, TokenPair
 
@@ -123,8 +123,7 @@ def add_priors(bundle: Bundle, priors: Mapping[str, Factors], rate: float, out: 
         ValueError: `out` exists and is not a bundle, or values that float16 cannot hold. BundleError: a name that a prior cannot have.
         ExportError: the copy does not pass the audit.
     """
-    if out.exists() and not (out / MANIFEST).is_file():
-        raise ValueError(f"{out} exists and is not a bundle; give a new folder")
+    check_place(out)
     personal = bundle.manifest.personal
     if not_finite := [name for name, factors in priors.items() if not factors.at_rest().finite]:
         raise ValueError(f"priors {', '.join(not_finite)} have values that are not finite at rest")

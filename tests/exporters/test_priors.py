@@ -118,3 +118,5 @@ def test_the_command_makes_a_bundle_that_verifies(fm_folder: Path, bundle: Bundl
     assert list(read_priors(Bundle.open(out))) == ["sum", "product"]
     other = CliRunner().invoke(export, [*command, "--tasks", "naming"])
     assert other.exit_code == 1 and "naming" in other.output
+    taken = CliRunner().invoke(export, [*command, "--out", str(tmp_path)])
+    assert taken.exit_code == 1 and "is not a bundle" in taken.output and "Prior of" not in taken.output, "told before the work"

@@ -37,7 +37,7 @@ def priors(
     from lopa.manifest import check_prior_names
     from transformers.utils import logging as chatter
 
-    from lopa_exporters.bundle import read_fm_spec
+    from lopa_exporters.bundle import check_place, read_fm_spec
     from lopa_exporters.data import by_task, read_examples
     from lopa_exporters.frozen import FrozenModel
     from lopa_exporters.hub import resolve_folder
@@ -47,6 +47,7 @@ def priors(
     chatter.set_verbosity_error()
     reporter = TerminalReporter()
     with failing():
+        check_place(out)
         opened, folder = Bundle.open(bundle), resolve_folder(fm)
         if read_fm_spec(folder).fingerprint != opened.manifest.fm.fingerprint:
             raise ValueError(f"{fm} is not the model of this bundle, {opened.manifest.fm.name}")
