@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -13,13 +14,17 @@ from benchmarks.quality.methods import MAIN, METHODS, ROWS, SWEEP
 from benchmarks.quality.tasks import DEVELOPERS, TASKS
 
 TEMPLATE = Path(__file__).with_name("report.md")
+BORDERS = Path(__file__).parents[1] / "results" / "borders.json"
+"""Written by benchmarks/borders.py."""
 COLUMNS = ("method", "NLL", "gain", "users better", "exact", "right label", "numbers", "device", "server", "tuning", "wire")
 TITLES = {"completion": "Completion", "filing": "Filing", "naming": "Naming", "docstring": "Docstring"}
 
 
 def write(results: Results, rates: Rates, path: Path, pictures: Sequence[Path]) -> None:
     """Fill the template's fields: {main}, {verdicts}, {priors}, {examples}, {sweeps}, {rates}, {pictures} and single values."""
+    borders = json.loads(BORDERS.read_text(encoding="utf-8"))["figures"]
     values = {
+        **{name: f"{gain:.1%}" for name, gain in borders.items()},
         "main": main_tables(results),
         "verdicts": verdicts(results),
         "priors": prior_table(results),
