@@ -95,25 +95,26 @@ def fuzz(folder: Path, size: Size) -> Figures:
 
 def overloaded(folder: Path, size: Size) -> Figures:
     with running(folder, "--threads", "1", "--max-batch", str(BATCH), "--max-waiting", str(2 * BATCH)) as server:
-        phases = dict(zip(("peak", "patient", "impatient"), overload(server, BATCH, size.overload_seconds), strict=True))
-    peak, patient, impatient = (phase.clients for phase in phases.values())
-    for name, phase in phases.items():
+        result = overload(server, BATCH, size.overload_seconds)
+    patient, impatient = result.patient.clients, result.impatient.clients
+    for name, phase in (("peak", result.peaks[0]), ("patient", result.patient), ("impatient", result.impatient), ("peak", result.peaks[1])):
         print(f"  {name}: {phase.clients.rate:.0f} tokens/s, refusals {dict(phase.clients.refusals)}, p99 {phase.clients.p99():.3f} s")
         print(f"    CPU: server {phase.server_cpu:.2f} cores, the clients' part {phase.generator_share:.0%}")
     return {
-        "peak_tokens_per_second": peak.rate,
-        "peak_p99_ttft_ms": 1000 * peak.p99(),
-        "overload_goodput": patient.rate / peak.rate,
-        "overload_goodput_impatient": impatient.rate / peak.rate,
-        "overload_goodput_per_server_cpu": phases["patient"].tokens_per_cpu_second / phases["peak"].tokens_per_cpu_second,
-        "overload_goodput_impatient_per_server_cpu": phases["impatient"].tokens_per_cpu_second / phases["peak"].tokens_per_cpu_second,
+        "peak_tokens_per_second": result.peak_rate,
+        "peak_clients": result.peaks[0].demand.clients,
+        "peak_p99_ttft_ms": 1000 * max(peak.clients.p99() for peak in result.peaks),
+        "overload_goodput": patient.rate / result.peak_rate,
+        "overload_goodput_impatient": impatient.rate / result.peak_rate,
+        "overload_goodput_per_server_cpu": result.patient.tokens_per_cpu_second / result.peak_rate_per_cpu,
+        "overload_goodput_impatient_per_server_cpu": result.impatient.tokens_per_cpu_second / result.peak_rate_per_cpu,
         "overload_refusals": sum(patient.refusals.values()),
         "overload_refusals_impatient": sum(impatient.refusals.values()),
-        "overload_refusal_cpu_ms": 1000 * phases["impatient"].refusal_cpu_seconds(phases["peak"]),
+        "overload_refusal_cpu_ms": 1000 * result.impatient.refusal_cpu_seconds(result.peak_rate_per_cpu),
         "overload_unhelpful_refusals": patient.unhelpful + impatient.unhelpful,
         "overload_p99_ttft_ms": 1000 * patient.p99(),
         "overload_p99_ttft_impatient_ms": 1000 * impatient.p99(),
-        "overload_generator_cpu_share": max(phase.generator_share for phase in phases.values()),
+        "overload_generator_cpu_share": max(phase.generator_share for phase in (*result.peaks, result.patient, result.impatient)),
     }
 
 

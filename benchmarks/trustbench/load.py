@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from statistics import fmean
 
 from trustbench.clients import Clients, Demand, Result, run_for
 from trustbench.server import Server
@@ -12,12 +13,16 @@ TIMES = 10
 """Capacity."""
 WARM_UP = 3.0
 ROUNDS = 4
+CROWDS = (1, 2)
+"""Clients at capacity, as multiples of the batch: so many that nobody is refused. Which of them finishes most is tried: with more
+than places, the batch stays full while a client sends its next request."""
 
 
 @dataclass(frozen=True)
 class Measured:
     """Some seconds of one demand."""
 
+    demand: Demand
     clients: Result
     server_cpu: float
     """Seconds of CPU that the server took a second."""
@@ -27,9 +32,9 @@ class Measured:
         """What the server made of the CPU that it got: less at the mercy of others on the machine than tokens a second."""
         return self.clients.rate / self.server_cpu
 
-    def refusal_cpu_seconds(self, peak: Measured) -> float:
+    def refusal_cpu_seconds(self, tokens_per_cpu_second: float) -> float:
         """What a refusal cost the server: what is left of its CPU time if tokens cost as much as at the peak."""
-        beyond = self.server_cpu - self.clients.rate / peak.tokens_per_cpu_second
+        beyond = self.server_cpu - self.clients.rate / tokens_per_cpu_second
         return beyond * self.clients.seconds / max(1, sum(self.clients.refusals.values()))
 
     @property
@@ -45,16 +50,43 @@ def measured(server: Server, demand: Demand, seconds: float) -> Measured:
     result = run_for(server, demand, seconds)
     used = (server.cpu_seconds() - before) / (time.monotonic() - started)
     server.wait_idle()
-    return Measured(result, used)
+    return Measured(demand, result, used)
 
 
-def overload(server: Server, batch: int, seconds: float) -> tuple[Measured, Measured, Measured]:
-    """At capacity: as many patient clients as the batch has rows. Then ten times as many. Then ten times as many streams a second
-    as were finished at capacity, of clients who never wait and never come back."""
-    peak = measured(server, Demand(clients=batch, warm_up=WARM_UP), seconds)
+@dataclass(frozen=True)
+class Overload:
+    """What was finished at capacity, and beyond it."""
+
+    peaks: list[Measured]
+    """Before and after, with the number of clients that finished most in both together."""
+    patient: Measured
+    impatient: Measured
+
+    @property
+    def peak_rate(self) -> float:
+        """Tokens a second: the machine is not the same from one minute to the next, so the mean of before and after."""
+        return fmean(peak.clients.rate for peak in self.peaks)
+
+    @property
+    def peak_rate_per_cpu(self) -> float:
+        """Tokens per second of the server's CPU."""
+        return fmean(peak.tokens_per_cpu_second for peak in self.peaks)
+
+
+def overload(server: Server, batch: int, seconds: float) -> Overload:
+    """At capacity, with the number of patient clients that finish most. With ten times as many as the batch has rows. With ten times as
+    many streams a second as were finished at capacity, of clients who never wait and never come back. At capacity again."""
+    before = _at_capacity(server, batch, seconds)
     patient = measured(server, Demand(clients=TIMES * batch, warm_up=WARM_UP), seconds)
-    per_second = TIMES * peak.clients.finished / peak.clients.seconds
-    return peak, patient, measured(server, Demand(clients=0, per_second=per_second, warm_up=WARM_UP), seconds)
+    per_second = TIMES * max(peak.clients.finished / peak.clients.seconds for peak in before)
+    impatient = measured(server, Demand(clients=0, per_second=per_second, warm_up=WARM_UP), seconds)
+    rounds = zip(before, _at_capacity(server, batch, seconds), strict=True)
+    return Overload(list(max(rounds, key=lambda peaks: sum(peak.clients.rate for peak in peaks))), patient, impatient)
+
+
+def _at_capacity(server: Server, batch: int, seconds: float) -> list[Measured]:
+    """By number of clients, in the time of one phase."""
+    return [measured(server, Demand(clients=crowd * batch, warm_up=WARM_UP), seconds / len(CROWDS)) for crowd in CROWDS]
 
 
 def light_tenant(server: Server, streams: int, flood: int) -> tuple[list[float], list[float]]:
