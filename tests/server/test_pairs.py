@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from tests.server.engines import collect, load, pair, run, stream
 from tests.tiny import build_tiny_fm
 
-FAMILIES = ("llama", "qwen2", "gemma2", "gemma3", "gpt2", "opt")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi", "gpt_neox", "gpt2", "opt")
 
 
 def _autograd(model: torch.nn.Module, request: PairRequest) -> tuple[float, np.ndarray | None]:
