@@ -176,7 +176,10 @@ class SupervisedEngine:
         del engine
         await self._report(False)
         fresh = await self._restart()
-        if fresh is None or self._closing:
+        if fresh is None:
+            return
+        if self._closing:
+            await fresh.stop()
             return
         self._engine = fresh
         self._begin(self._watch_thread(fresh))
@@ -193,14 +196,21 @@ class SupervisedEngine:
                 self.gave_up.set()
                 return None
             try:
-                engine = await _apart(self._load)
-                engine.start()
-                await self._ready(engine)
+                return await self._fresh()
             except Exception:
                 log.critical("the engine can't be restarted", exc_info=True)
-            else:
-                return engine
         return None
+
+    async def _fresh(self) -> TorchEngine:
+        """A started engine that has shown that it works; one that doesn't leaves no thread and no second model in memory."""
+        engine = await _apart(self._load)
+        engine.start()
+        try:
+            await self._ready(engine)
+        except BaseException:
+            await engine.stop()
+            raise
+        return engine
 
     async def _watch_steps(self) -> None:
         """Fail everybody's calls when a step doesn't come back."""

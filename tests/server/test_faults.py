@@ -10,11 +10,13 @@ from pathlib import Path
 
 import grpc
 import lopa_server.supervisor
+import lopa_server.warmup
 import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from lopa.v1 import inference_pb2
 from lopa_server.app import ServerConfig, start_server
+from lopa_server.engine.base import Engine, EngineFailed
 from lopa_server.engine.scheduler import Scheduler
 from lopa_server.engine.torch_engine.layout import Piece
 from lopa_server.engine.torch_engine.runner import ModelRunner
@@ -46,6 +48,28 @@ def test_a_crashed_engine_answers_its_calls_and_comes_back(tiny_fm: Path, monkey
         assert [next(health), next(health)] == [NOT_SERVING, SERVING]
         assert client.tokens(generate_request(soft=soft_prompt(1))) == tokens
         assert not server.app.engine.gave_up.is_set()
+
+
+def test_a_new_engine_that_does_not_work_leaves_no_thread(tiny_fm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread would keep a whole model in memory, beside the one that serves."""
+    warm_up, starts = lopa_server.warmup.warm_up, itertools.count()
+
+    async def fail_the_second_time(engine: Engine) -> None:
+        if next(starts) == 1:
+            raise EngineFailed("not this one")
+        await warm_up(engine)
+
+    monkeypatch.setattr(lopa_server.warmup, "warm_up", fail_the_second_time)
+    others = set(threading.enumerate())
+    with start_server(ServerConfig(fm=tiny_fm, threads=1)) as server, grpc.insecure_channel(server.address) as channel:
+        client, health = Client(channel), _health(channel)
+        assert next(health) == SERVING
+        crashes = iter([True])
+        monkeypatch.setattr(Scheduler, "next_step", lambda self: 1 / 0 if next(crashes, False) else NEXT_STEP(self))
+        assert failure(lambda: client.tokens(LONG)).reason == "ENGINE_RESTARTING"
+        assert [next(health), next(health)] == [NOT_SERVING, SERVING]
+        assert next(starts) == 3
+        assert len([thread for thread in set(threading.enumerate()) - others if thread.name == "lopa-engine"]) == 1
 
 
 def test_an_engine_that_cannot_come_back_is_given_up(tiny_fm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
