@@ -14,13 +14,14 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from lopa.v1 import catalog_pb2, inference_pb2, tuning_pb2
+from lopa.v1 import common_pb2 as pb
 from lopa_server.app import RunningServer, ServerConfig, start_server
 from lopa_server.identity.caller import DEVICE_SCOPES, Scope, cache_salt
 from lopa_server.identity.config import AccessConfig
 from lopa_server.identity.keys import KeyFile
 from lopa_server.identity.methods import OPEN, REQUIRED
 
-from tests.server.client import Client, Failure, failure, generate_request, pair, take_apart
+from tests.server.client import Client, Failure, failure, generate_request, pair, soft_prompt, take_apart
 
 GET_MODEL = catalog_pb2.GetModelRequest()
 UNAUTHENTICATED = grpc.StatusCode.UNAUTHENTICATED
@@ -174,3 +175,18 @@ def test_tenants_have_salts_of_their_own() -> None:
     salts = {cache_salt(secret, tenant) for tenant in ("a", "b", "anonymous")}
     assert len(salts) == 3 and all(len(salt) == 32 for salt in salts)
     assert cache_salt(secret, "a") in salts and cache_salt(os.urandom(32), "a") not in salts
+
+
+def test_what_one_tenant_asked_is_no_cached_prefix_for_another(guarded: RunningServer, channel: grpc.Channel, key_file: KeyFile) -> None:
+    """The same request over the wire: whose it is decides what it finds in the cache, for streams and for pairs."""
+    asked = generate_request("def shared(): return 1\n" * 3, max_tokens=1)
+    again = pair(prefix=pb.Prompt(text="import shared\n" * 4), soft_prompt=soft_prompt(1, placement=pb.PLACEMENT_AFTER_PREFIX))
+    client, found = Client(channel), []
+    for tenant in ("one", "one", "two"):
+        caller = bearer(key_file.create(tenant, DEVICE_SCOPES, None)[1])
+        before = guarded.app.engine.stats()
+        list(client.inference.Generate(asked, metadata=caller))
+        client.inference.Score(inference_pb2.ScoreRequest(pairs=[again]), metadata=caller)
+        now = guarded.app.engine.stats()
+        found.append((now.prefix_hit_tokens > before.prefix_hit_tokens, now.pair_prefix_hit_tokens > before.pair_prefix_hit_tokens))
+    assert found == [(False, False), (True, True), (False, False)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import io
 import json
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
+import lopa
 import pytest
 from lopa.v1 import tuning_pb2
 from lopa_server.app import ConfigError, RunningServer, ServerConfig, start_server
@@ -179,3 +181,23 @@ def test_spans_continue_the_clients_trace_and_hold_no_content(tiny_fm: Path, mon
     }
     assert bad.attributes["rpc.grpc.status_code"] == 3 and bad.attributes["error.type"] == "OUT_OF_RANGE"
     assert "secret" not in good.to_json()
+
+
+def test_the_devices_calls_are_children_of_the_apps_span(tiny_fm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams and calls with one reply alike, of the blocking client and of the asynchronous one."""
+    spans, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+    monkeypatch.setattr(setup, "_tracing", lambda: Tracing(provider))
+    with start_server(ServerConfig(fm=tiny_fm, threads=1, traces=True, metrics_port=0)) as server:
+
+        async def ask() -> None:
+            async with lopa.connect_async(server.address) as client:
+                await client.generate("def", max_tokens=2)
+
+        with lopa.connect(server.address) as client, provider.get_tracer("app").start_as_current_span("app") as app:
+            client.generate("def", max_tokens=2)
+            client.score([lopa.Pair("def", " add")])
+            asyncio.run(ask())
+    of_app = [span for span in spans.get_finished_spans() if span.parent is not None]
+    assert {span.parent.span_id for span in of_app} == {app.get_span_context().span_id}
+    assert [span.name.rpartition("/")[2] for span in of_app if "GetModel" not in span.name] == ["Generate", "Score", "Generate"]
