@@ -118,6 +118,11 @@ REFUSED = {
     "reads the tests": f"open({str(Path(__file__))!r}).read()",
     "reads another process's environment": "import os\nopen(f'/proc/{os.getppid()}/environ').read()",
     "writes beside itself": "open('x', 'w').write('x')",
+    "changes its parent's limits": "import os, resource\nresource.prlimit(os.getppid(), resource.RLIMIT_NOFILE)",
+    "slows its parent down": "import os\np = os.PRIO_PROCESS, os.getppid()\nos.setpriority(*p, os.getpriority(*p))",
+    "moves its parent": "import os\nos.sched_setaffinity(os.getppid(), os.sched_getaffinity(os.getppid()))",
+    "has a pipe signal its parent": "import fcntl, os\nfcntl.fcntl(os.pipe()[0], 8, os.getppid())",
+    "has a pipe signal by another signal": "import fcntl, os\nfcntl.fcntl(os.pipe()[0], 10, 9)",
     "sees memory of others": "import ctypes\nimport os\nassert ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) == 0, 'refused'",
 }
 
@@ -130,6 +135,14 @@ def test_what_computing_does_not_need_is_refused(sandbox: Sandbox, attack: str) 
     assert not verdict.passed
     assert any(word in verdict.reason for word in ("Error", "refused")), verdict
     assert "ended" not in verdict.reason
+
+
+def test_a_process_may_see_to_itself(sandbox: Sandbox) -> None:
+    """Calls that are refused with some arguments only."""
+    program = (
+        "import fcntl, resource\ndef f(x):\n    return resource.getrlimit(resource.RLIMIT_CPU)[0] + fcntl.fcntl(0, fcntl.F_GETFD) + x\n"
+    )
+    assert run(sandbox, program).passed
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what is prevented here is told by measure()")
@@ -209,7 +222,7 @@ def test_numbers_of_system_calls_are_the_kernels(column: int, header: str) -> No
         pytest.skip(f"no {header} here")
     lines = re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)\s", Path(header).read_text())
     theirs = {name: int(number) for name, number in lines}
-    ours = {name: numbers[column] for name, numbers in syscalls.denied().items()}
+    ours = {name: numbers[column] for name, numbers in {**syscalls.denied(), **syscalls.CHECKED}.items()}
     newest = max(theirs.values())
     assert {name: number for name, number in ours.items() if number is not None and number <= newest and theirs.get(name) != number} == {}
     assert {name for name, number in ours.items() if number is None} & theirs.keys() == set()
