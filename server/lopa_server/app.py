@@ -18,23 +18,21 @@ from types import TracebackType
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from lopa.bundle import Bundle, BundleError
 from lopa.v1 import catalog_pb2_grpc, inference_pb2_grpc, tuning_pb2_grpc
 
 from lopa_server.config import ConfigError, ServerConfig
-from lopa_server.engine.base import EngineSpec
 from lopa_server.identity.authenticator import Authenticator
 from lopa_server.identity.keys import KeyFileError
-from lopa_server.identity.tls import CertificateError, CertificateFiles
 from lopa_server.identity.tokens import JwksError
-from lopa_server.limits import TrafficLimits
 from lopa_server.metering.limits import LimitsFileError
 from lopa_server.metering.meter import Meter
 from lopa_server.metering.usage import UsageError, UsageRecorder, UsageStore
 from lopa_server.observability.setup import Observability
-from lopa_server.service.catalog import CatalogHandler, PublishedBundle, model_revision
+from lopa_server.ports import listen, probe_server, service_server
+from lopa_server.service.bundles import open_bundles, publish
+from lopa_server.service.catalog import CatalogHandler, model_revision
 from lopa_server.service.decoding import TolerantDecoding
-from lopa_server.service.door import PROBE_SECONDS, Door, Keeper, patient
+from lopa_server.service.door import Door, Keeper
 from lopa_server.service.gate import Gate, State
 from lopa_server.service.handlers import RequestHandlers
 from lopa_server.service.servicers import NAMES, CatalogServicer, Handlers, InferenceServicer, TuningServicer
@@ -46,9 +44,6 @@ __all__ = ["ConfigError", "RunningServer", "ServerApp", "ServerConfig", "start_s
 
 log = logging.getLogger(__name__)
 
-GROSS = 2
-"""gRPC itself refuses messages of more than so many times the limit, without details; up to there the refusal is ours."""
-HEALTH_CALLS = 64
 ABORT_SECONDS = 1.0
 """After the drain bound: time for the last error statuses to reach their clients."""
 
@@ -123,22 +118,15 @@ class ServerApp:
         largest, traffic = self._config.limits.max_message_bytes, self._config.traffic
         self._gate = Gate(self._config.call_bound, largest, meter, traffic)
         door = Door(self._gate, await self._identify(), traffic)
-        server = grpc.aio.server(
-            interceptors=[*self._observability.interceptors, door, TolerantDecoding(NAMES, largest)],
-            options=_channel_options(GROSS * largest, traffic),
-        )
+        interceptors = [*self._observability.interceptors, door, TolerantDecoding(NAMES, largest)]
+        server = service_server(interceptors, largest, traffic)
         catalog_pb2_grpc.add_CatalogServicer_to_server(CatalogServicer(self._gate, self._handlers), server)
         inference_pb2_grpc.add_InferenceServicer_to_server(InferenceServicer(self._gate, self._handlers), server)
         tuning_pb2_grpc.add_TuningServicer_to_server(TuningServicer(self._gate, self._handlers), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        host = self._config.host
-        try:
-            port = self._add_port(server, f"{host}:{self._config.port}")
-        except RuntimeError as error:
-            raise ConfigError(f"can't listen on {host}:{self._config.port}: {error}") from error
-        self.address = f"{host}:{port}"
+        self.address = listen(server, self._config.host, self._config.port, self._config.access)
         await server.start()
         self._server = server
 
@@ -163,36 +151,17 @@ class ServerApp:
             raise ConfigError(str(error)) from error
         return authenticator.identify
 
-    def _add_port(self, server: grpc.aio.Server, address: str) -> int:
-        if not self._config.access.encrypted:
-            return server.add_insecure_port(address)
-        try:
-            return server.add_secure_port(address, CertificateFiles(self._config.access).credentials())
-        except CertificateError as error:
-            raise ConfigError(str(error)) from error
-
     async def _bind_health(self) -> None:
         """The port for probes: liveness only, the same answers."""
         if self._config.health_port is None:
             return
-        server = grpc.aio.server(options=_channel_options(1 << 10, self._config.traffic), maximum_concurrent_rpcs=HEALTH_CALLS)
-        check = grpc.unary_unary_rpc_method_handler(
-            self._health.Check,
-            request_deserializer=health_pb2.HealthCheckRequest.FromString,
-            response_serializer=health_pb2.HealthCheckResponse.SerializeToString,
-        )
-        only = {"Check": patient(check, PROBE_SECONDS)}
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(health.SERVICE_NAME, only),))
-        wanted = f"{self._config.host}:{self._config.health_port}"
-        try:
-            self.health_address = f"{self._config.host}:{server.add_insecure_port(wanted)}"
-        except RuntimeError as error:
-            raise ConfigError(f"can't listen on {wanted} for health checks: {error}") from error
+        server = probe_server(self._health, self._config.traffic)
+        self.health_address = listen(server, self._config.host, self._config.health_port, purpose=" for health checks")
         await server.start()
         self._health_server = server
 
     async def _load(self) -> None:
-        bundles = await asyncio.to_thread(_open_bundles, self._config)
+        bundles = await asyncio.to_thread(open_bundles, self._config)
         from lopa_server import warmup
 
         engine = SupervisedEngine(lambda: warmup.load_engine(self._config), warmup.warm_up, self._config.step_seconds)
@@ -205,15 +174,12 @@ class ServerApp:
         if self._gate is not None:
             self._gate.engine = engine
         place = self._temporary = tempfile.TemporaryDirectory(prefix="lopa-bundle-")
-        published = []
-        for bundle in bundles:
-            _check_bundle(bundle, engine.spec, self._config)
-            published.append(await asyncio.to_thread(PublishedBundle.build, bundle, Path(place.name)))
+        published = await asyncio.to_thread(publish, bundles, engine.spec, self._config, Path(place.name))
         tokenizer = PromptTokenizer(engine.tokenizer)
         checker = RequestChecker(engine.spec, self._config.limits, tokenizer)
         version = importlib.metadata.version("lopa")
         self._handlers.catalog = CatalogHandler(
-            engine.spec, self._config.limits, checker.max_row_norm, tokenizer.has_chat, version, tuple(published)
+            engine.spec, self._config.limits, checker.max_row_norm, tokenizer.has_chat, version, published
         )
         self._handlers.requests = RequestHandlers(engine, checker, model_revision(engine.spec, version), noise=self._config.gradient_noise)
 
@@ -330,48 +296,6 @@ def start_server(config: ServerConfig) -> RunningServer:
     server = RunningServer(config)
     server.start()
     return server
-
-
-def _channel_options(longest: int, traffic: TrafficLimits) -> list[tuple[str, int]]:
-    """longest: message in bytes that gRPC receives."""
-    return [
-        ("grpc.max_receive_message_length", longest),
-        ("grpc.max_send_message_length", -1),
-        ("grpc.so_reuseport", 0),
-        ("grpc.max_metadata_size", traffic.header_bytes),
-        ("grpc.absolute_max_metadata_size", traffic.header_bytes),
-        ("grpc.server.max_pending_requests", traffic.pending_calls),
-        ("grpc.server.max_pending_requests_hard_limit", 2 * traffic.pending_calls),
-        ("grpc.server_max_unrequested_time_in_server", traffic.pending_seconds),
-        ("grpc.max_concurrent_streams", traffic.streams_per_connection),
-        ("grpc.max_allowed_incoming_connections", traffic.connections),
-        ("grpc.max_connection_age_ms", round(traffic.connection_seconds * 1000)),
-        ("grpc.max_connection_age_grace_ms", round(traffic.stream_seconds * 1000)),
-        ("grpc.max_connection_idle_ms", round(traffic.idle_seconds * 1000)),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-    ]
-
-
-def _open_bundles(config: ServerConfig) -> list[Bundle]:
-    """The current one first."""
-    try:
-        return [Bundle.open(folder) for folder in (config.bundle, *config.older_bundles) if folder is not None]
-    except BundleError as error:
-        raise ConfigError(str(error)) from error
-
-
-def _check_bundle(bundle: Bundle, spec: EngineSpec, config: ServerConfig) -> None:
-    """Raises ConfigError for a bundle that was made for another model, or asks for more rows than are allowed."""
-    fm = bundle.manifest.fm
-    if fm.fingerprint != spec.fingerprint:
-        raise ConfigError(
-            f"the bundle {bundle.folder} was made for {fm.name} ({fm.fingerprint[:16]}…), but {config.fm} is {spec.fingerprint[:16]}…: "
-            "serve the model that it was made for, or export a bundle for this one"
-        )
-    rows, limit = bundle.manifest.rows, config.limits.max_virtual_tokens
-    if rows > limit:
-        raise ConfigError(f"the bundle's soft prompts have {rows} rows; max_virtual_tokens is {limit}: raise it")
 
 
 def _write_atomically(path: Path, text: str) -> None:

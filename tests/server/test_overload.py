@@ -11,12 +11,12 @@ from pathlib import Path
 import grpc
 import pytest
 from lopa.v1 import catalog_pb2, catalog_pb2_grpc
-from lopa_server import app
 from lopa_server.app import RunningServer, ServerConfig, start_server
 from lopa_server.engine import admission
 from lopa_server.engine.base import DeadlineTooShort, PairRequest, QueueFull
 from lopa_server.engine.torch_engine.engine import TorchEngine
 from lopa_server.limits import TrafficLimits
+from lopa_server.ports import channel_options
 
 from tests.server.client import Client, failure, generate_request
 from tests.server.engines import collect, load, pair, run, stream
@@ -129,7 +129,7 @@ def test_calls_that_pile_up_while_the_loop_is_busy_are_all_answered(tiny_fm: Pat
 def test_calls_wait_for_a_loop_that_was_stopped_for_as_long_as_a_stream_may_live() -> None:
     """gRPC's own bound is 30 s. Longer stops are a matter of `benchmarks/trust.py --only fuzz`."""
     traffic = TrafficLimits()
-    assert dict(app._channel_options(1, traffic))["grpc.server_max_unrequested_time_in_server"] >= traffic.stream_seconds
+    assert dict(channel_options(1, traffic))["grpc.server_max_unrequested_time_in_server"] >= traffic.stream_seconds
 
 
 def _channel(server: RunningServer) -> grpc.Channel:

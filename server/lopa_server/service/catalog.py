@@ -7,31 +7,15 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lopa.bundle import Bundle
 from lopa.v1 import catalog_pb2
 from lopa.wire.errors import Reason, WireError
 
 from lopa_server.engine.base import EngineSpec
 from lopa_server.limits import ServiceLimits
+from lopa_server.service.bundles import PublishedBundle
 from lopa_server.validation.softprompts import DTYPES
 
 CHUNK_BYTES = 256 << 10
-
-
-@dataclass(frozen=True)
-class PublishedBundle:
-    """A bundle's archive on this machine, ready to be sent."""
-
-    id: str
-    path: Path
-    size: int
-
-    @classmethod
-    def build(cls, bundle: Bundle, folder: Path) -> PublishedBundle:
-        """Write the archive into `folder`."""
-        path = folder / f"{bundle.manifest.id}.zip"
-        bundle.write_archive(path)
-        return cls(bundle.manifest.id, path, path.stat().st_size)
 
 
 def model_revision(spec: EngineSpec, version: str) -> str:
