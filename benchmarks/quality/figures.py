@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import numpy as np
+from lopa.bundle import Bundle
+from lopa_exporters.lopa import LoPAConfig
+from lopa_server.models import nano_bundle_folder
 from numpy.typing import NDArray
 
 from benchmarks.quality.cell import Cell
 from benchmarks.quality.grid import FEW, SIZES
+from benchmarks.quality.learners.learner import bytes_at_rest
+from benchmarks.quality.learners.shared import read_method
 from benchmarks.quality.methods import COMPARED, MAIN, PRIORS
 from benchmarks.quality.store import Row, Store
 from benchmarks.quality.tasks import TASKS, USERS
@@ -24,6 +29,8 @@ RESAMPLES = 10_000
 BESIDE_PRIORS = ("prompt_tuning", *PRIORS, "default")
 FEW_USERS = 6
 FEW_METHODS = ("prompt_tuning", "default", "lora_r8")
+WIDE = 4096
+"""d of a large model."""
 
 
 @dataclass(frozen=True)
@@ -162,16 +169,27 @@ def figures(results: Results) -> dict[str, float]:
     few = by_size(results).get(FEW)
     if few:
         gains = by_user(few["default"], results.gain)
-        values |= {f"users_improved_{FEW}_examples": sum(gain > 0 for gain in gains.values()), f"users_{FEW}_examples": len(gains)}
-    for method in ("default", "lora_r8"):
-        row = next((results.rows[cell] for cell in results.select(method)), None)
-        if row:
-            values[f"{method}_bytes"] = row["device_bytes"] + row["server_bytes"]
+        improved = f"users_improved_{FEW}_examples"
+        values |= {improved: sum(gain > 0 for gain in gains.values()), f"users_{FEW}_examples": len(gains)}
+        values[f"{improved}_filing"] = values[improved]
+    for suffix, tasks in {"": TASKS, **{f"_{task}": (task,) for task in finished}}.items():
+        for method in ("default", "lora_r8"):
+            row = next((results.rows[cell] for cell in results.select(method, tasks)), None)
+            if row:
+                values[f"{method}_bytes{suffix}"] = row["device_bytes"] + row["server_bytes"]
+    values |= wide_bytes()
     values |= {
         "users": len({cell.user for cell in results.rows}),
         "seeds": min(len({cell.seed for cell in results.common((task,))["default"]}) for task in finished) if finished else 0,
     }
     return values
+
+
+def wide_bytes() -> dict[str, float]:
+    """What one user's numbers take at rest with a model of width `WIDE`: at the shipped bundle's ranks, and at an export's own."""
+    shipped = replace(read_method(Bundle.open(nano_bundle_folder()))[0], hidden=WIDE)
+    plain = LoPAConfig(hidden=WIDE, features=shipped.features)
+    return {f"{name}_wide_bytes": bytes_at_rest(config.personal_count()) for name, config in (("default", shipped), ("export", plain))}
 
 
 def _everywhere(common: Mapping[str, Sequence[Cell]], tasks: Sequence[str]) -> dict[str, list[Cell]]:

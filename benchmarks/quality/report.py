@@ -7,9 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from benchmarks.quality.cell import BATCH, STEPS, Cell
-from benchmarks.quality.figures import Estimate, Results, by_size, by_user, estimate, figures, ratio, with_priors
-from benchmarks.quality.grid import LIKE_TASK, Rates
+from lopa.priors import CHOSEN_BY, FITS
+
+from benchmarks.quality.cell import BATCH, MEASUREMENTS, STEPS, Cell
+from benchmarks.quality.figures import RESAMPLES, WIDE, Estimate, Results, by_size, by_user, estimate, figures, ratio, with_priors
+from benchmarks.quality.grid import LIKE_TASK, Rates, stages
+from benchmarks.quality.learners.learner import CLIP
+from benchmarks.quality.material import MAX_VALIDATION, VALIDATION_SHARE
 from benchmarks.quality.methods import MAIN, METHODS, ROWS, SWEEP
 from benchmarks.quality.tasks import DEVELOPERS, TASKS
 
@@ -18,6 +22,16 @@ BORDERS = Path(__file__).parents[1] / "results" / "borders.json"
 """Written by benchmarks/borders.py."""
 COLUMNS = ("method", "NLL", "gain", "users better", "exact", "right label", "numbers", "device", "server", "tuning", "wire")
 TITLES = {"completion": "Completion", "filing": "Filing", "naming": "Naming", "docstring": "Docstring"}
+STAGES = {
+    "main": "filing and completion",
+    "tasks": "naming and docstring",
+    "priors": "with and without priors",
+    "sizes": "numbers of examples",
+    "others": "whose factors fit whom",
+    "seeds": "further seeds",
+    "sweeps": "variants",
+}
+"""What the grid's parts are called in the document."""
 
 
 def write(results: Results, rates: Rates, path: Path, pictures: Sequence[Path]) -> None:
@@ -25,6 +39,8 @@ def write(results: Results, rates: Rates, path: Path, pictures: Sequence[Path]) 
     borders = json.loads(BORDERS.read_text(encoding="utf-8"))["figures"]
     values = {
         **{name: f"{gain:.1%}" for name, gain in borders.items()},
+        **settings(),
+        **quoted(results),
         "main": main_tables(results),
         "verdicts": verdicts(results),
         "priors": prior_table(results),
@@ -32,17 +48,50 @@ def write(results: Results, rates: Rates, path: Path, pictures: Sequence[Path]) 
         "sweeps": sweep_table(results),
         "rates": rate_table(rates),
         "pictures": "\n\n".join(f"![{picture.stem}]({picture.name})" for picture in pictures),
-        "missing": ", ".join(task for task in TASKS if not results.common((task,))) or "nothing",
-        "developers": ", ".join(DEVELOPERS),
+        "missing": missing(results, rates),
         "users": len({cell.user for cell in results.rows}),
-        "batch": BATCH,
-        "rows": ROWS,
-        "steps": ", ".join(f"{task} {steps}" for task, steps in STEPS.items()),
     }
     text = TEMPLATE.read_text(encoding="utf-8")
     for name, value in values.items():
         text = text.replace(f"{{{name}}}", str(value))
     path.write_text(text, encoding="utf-8")
+
+
+def settings() -> dict[str, str]:
+    """How everything was measured."""
+    return {
+        "developers": ", ".join(DEVELOPERS),
+        "batch": str(BATCH),
+        "rows": str(ROWS),
+        "steps": ", ".join(f"{task} {steps}" for task, steps in STEPS.items()),
+        "clip": f"{CLIP:g}",
+        "measurements": str(MEASUREMENTS),
+        "validation_share": f"{VALIDATION_SHARE:.0%}",
+        "max_validation": str(MAX_VALIDATION),
+        "resamples": f"{RESAMPLES:,}",
+        "fits": f"{FITS:.0%}",
+        "chosen_by": str(CHOSEN_BY),
+        "wide": f"{WIDE:,}",
+    }
+
+
+def quoted(results: Results) -> dict[str, str]:
+    """Results that the text quotes: gains and accuracies by the figure's name, and what follows from them."""
+    found = figures(results)
+    values = {name: f"{value:.1%}" for name, value in found.items() if "_gain_" in name or name.endswith("_accuracy")}
+    values |= {name: size(found[f"{name}_bytes"]) for name in ("default_wide", "export_wide")}
+    if "prompt_tuning_gain_filing" in found:
+        values["aim"] = f"{1.5 * found['prompt_tuning_gain_filing']:.0%}"
+        values["chance"] = (
+            f"{fmean(by_user(results.select('none', ('filing',)), lambda one: 1 / results.rows[one]['labels']).values()):.1%}"
+        )
+    return values
+
+
+def missing(results: Results, rates: Rates) -> str:
+    """Parts of the grid that are not finished, with the number of cells that they lack."""
+    lacking = {name: (sum(one not in results.rows for one in cells), len(cells)) for name, cells in stages(rates).items()}
+    return "; ".join(f"{STAGES[name]}, {count:,} of {of:,} cells" for name, (count, of) in lacking.items() if count) or "nothing"
 
 
 def main_tables(results: Results) -> str:
@@ -161,11 +210,13 @@ def printed(results: Results) -> str:
 
 
 def percent(found: Estimate) -> str:
-    return f"{found.value:.1%} ({100 * found.low:.1f} to {100 * found.high:.1f})"
+    """With its interval, if there is more than one user."""
+    return f"{found.value:.1%}" + (f" ({100 * found.low:.1f} to {100 * found.high:.1f})" if found.users > 1 else "")
 
 
 def times(found: Estimate) -> str:
-    return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
+    """As `percent`."""
+    return f"{found.value:.2f}" + (f" ({found.low:.2f} to {found.high:.2f})" if found.users > 1 else "")
 
 
 def size(count: float) -> str:
