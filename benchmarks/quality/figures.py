@@ -153,8 +153,8 @@ def ratio(above: Mapping[str, float], below: Mapping[str, float]) -> Estimate:
 def figures(results: Results) -> dict[str, float]:
     """Every published figure by name; of each estimate also NAME_low and NAME_high. Tasks not measured yet are left out."""
     values: dict[str, float] = {}
-    finished = [task for task in TASKS if results.common((task,))]
-    values |= _gains(_everywhere(results.common(finished), finished), results, "")
+    finished = finished_tasks(results)
+    values |= _gains(everywhere(results), results, "")
     for task in finished:
         values |= _gains(results.common((task,)), results, f"_{task}")
     for task in finished:
@@ -192,10 +192,15 @@ def wide_bytes() -> dict[str, float]:
     return {f"{name}_wide_bytes": bytes_at_rest(config.personal_count()) for name, config in (("default", shipped), ("export", plain))}
 
 
-def _everywhere(common: Mapping[str, Sequence[Cell]], tasks: Sequence[str]) -> dict[str, list[Cell]]:
-    """Only users who were measured on every task, so that users' means over tasks are alike."""
-    kept = {}
-    for method, cells in common.items():
+def finished_tasks(results: Results) -> list[str]:
+    """Tasks that there are comparable cells of."""
+    return [task for task in TASKS if results.common((task,))]
+
+
+def everywhere(results: Results) -> dict[str, list[Cell]]:
+    """`Results.common` over all finished tasks, of users who were measured on every one, so that users' means over tasks are alike."""
+    tasks, kept = finished_tasks(results), {}
+    for method, cells in results.common(tasks).items():
         users = {user for user in {cell.user for cell in cells} if {cell.task for cell in cells if cell.user == user} == set(tasks)}
         kept[method] = [cell for cell in cells if cell.user in users]
     return {method: cells for method, cells in kept.items() if cells}

@@ -10,7 +10,19 @@ from statistics import fmean
 from lopa.priors import CHOSEN_BY, FITS
 
 from benchmarks.quality.cell import BATCH, MEASUREMENTS, STEPS, Cell
-from benchmarks.quality.figures import RESAMPLES, WIDE, Estimate, Results, by_size, by_user, estimate, figures, ratio, with_priors
+from benchmarks.quality.figures import (
+    RESAMPLES,
+    WIDE,
+    Estimate,
+    Results,
+    by_size,
+    by_user,
+    estimate,
+    everywhere,
+    figures,
+    ratio,
+    with_priors,
+)
 from benchmarks.quality.grid import LIKE_TASK, Rates, stages
 from benchmarks.quality.learners.learner import CLIP
 from benchmarks.quality.material import MAX_VALIDATION, VALIDATION_SHARE
@@ -139,6 +151,8 @@ def verdicts(results: Results) -> str:
             rows.append([task, *_comparison(common, results.gain)])
             if task == "filing":
                 rows.append([f"{task}, right label", *_comparison(common, lambda one: results.rows[one]["accuracy"])])
+    if common := everywhere(results):
+        rows.append(["mean over tasks", *_comparison(common, results.gain)])
     header = ("", "default / prompt tuning", "users above", "default / LoRA r = 8", "users above", "heads / prompt tuning", "users above")
     return _table((*header, "heads / LoRA r = 8", "users above"), rows)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quality import report
+from benchmarks.quality import plots, report
 from benchmarks.quality.cell import Cell
 from benchmarks.quality.command import run_smoke
 from benchmarks.quality.figures import Results, by_user, estimate, figures, ratio
@@ -67,6 +67,7 @@ def test_every_figure_has_its_name() -> None:
     assert (found["users_improved_20_examples"], found["users_improved"], found["users"], found["seeds"]) == (12, 12, 12, 3)
     assert found["default_gain"] == found["default_gain_filing"] == 0.5
     assert found["default_over_lora_r8"] == 1.0
+    assert "| mean over tasks | 1.00 (1.00 to 1.00) | 0 of 12 |" in report.verdicts(Results(whole()))
 
 
 def test_what_is_not_measured_is_told() -> None:
@@ -86,6 +87,13 @@ def test_no_result_is_typed_by_hand() -> None:
 def test_results_file_follows_from_the_committed_cells() -> None:
     written = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text(encoding="utf-8"))["figures"]
     assert written == pytest.approx(figures(committed()))
+
+
+def test_pictures_are_drawn_from_the_committed_cells(tmp_path: Path) -> None:
+    drawn = plots.draw(committed(), tmp_path)
+    assert [path.name for path in drawn] == ["quality-bytes.png", "quality-examples.png", "quality-users.png"]
+    assert all((ROOT / "docs" / path.name).exists() for path in drawn)
+    assert plots.draw(Results({}), tmp_path) == []
 
 
 def test_smoke_fails_when_the_order_is_wrong(tmp_path: Path) -> None:
