@@ -11,6 +11,7 @@ import pytest
 import torch
 from lopa_server.engine.base import PairRequest, PairResult
 from lopa_server.engine.torch_engine import checkpointing
+from lopa_server.engine.torch_engine import pairs as micro_batches
 from lopa_server.engine.torch_engine.engine import TorchEngine
 from lopa_server.engine.torch_engine.interruption import Interruptions
 
@@ -44,9 +45,10 @@ async def _beside(engine: TorchEngine, pairs: list[PairRequest], gradients: bool
 
 @pytest.fixture(params=[False, True], ids=["kept", "computed_twice"])
 def twice(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
-    """Whether layers are computed twice to save memory."""
+    """Whether layers are computed twice to save memory, and logits a few at a time."""
     if request.param:
         monkeypatch.setattr(checkpointing, "ACTIVATION_BYTES", 0)
+        monkeypatch.setattr(micro_batches, "LOGIT_BYTES", {"cpu": 8 * micro_batches.BYTES_A_LOGIT * 300})
     yield request.param
 
 

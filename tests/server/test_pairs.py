@@ -11,7 +11,8 @@ import pytest
 import torch
 from lopa_server.engine.base import InputSequence, PairRequest, PairResult
 from lopa_server.engine.pair_queue import PairKind
-from lopa_server.engine.torch_engine import checkpointing
+from lopa_server.engine.torch_engine import attention, checkpointing
+from lopa_server.engine.torch_engine import pairs as micro_batches
 from lopa_server.engine.torch_engine.engine import TorchEngine
 from lopa_server.engine.torch_engine.packed import PackedLinear, can_pack, pack_linears
 from lopa_server.engine.torch_engine.pairs import PlacedPair, run_pairs
@@ -90,7 +91,38 @@ def test_layers_computed_twice_give_the_same_gradients_and_keep_less(family: str
         np.testing.assert_array_equal(two.gradient, one.gradient)
 
 
-def test_bfloat16_gradients_point_where_float32_ones_do(tiny_fm: Path) -> None:
+@pytest.mark.parametrize("kind", PairKind)
+@pytest.mark.parametrize("family", ("llama", "gemma2", "gpt2", "opt"))
+def test_logits_of_a_few_targets_at_a_time_give_the_same(
+    family: str, kind: PairKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gemma2 caps its logits behind the output head."""
+    engine = load(build_tiny_fm(tmp_path, family=family))
+    placed = [PlacedPair(request) for request in _mixed_pairs()]
+    rows: list[int] = []
+    engine._fm.model.get_output_embeddings().register_forward_hook(lambda *call: rows.append(call[2].shape[:-1].numel()))
+
+    def measured() -> list[PairResult]:
+        rows.clear()
+        return run_pairs(engine._fm, engine._worker._runner, kind, placed)
+
+    whole = measured()
+    targets = sum(result.target_tokens for result in whole)
+    assert rows == [targets]
+    monkeypatch.setattr(micro_batches, "LOGIT_BYTES", {"cpu": 7 * micro_batches.BYTES_A_LOGIT * engine.spec.vocab_size})
+    by_part = measured()
+    assert max(rows) == 7 and sum(rows) == targets + 1
+    for one, two in zip(whole, by_part, strict=True):
+        assert two.nll_sum == pytest.approx(one.nll_sum, rel=1e-5)
+        if one.gradient is not None and two.gradient is not None:
+            _close(two.gradient, one.gradient)
+    assert all((result.gradient is None) == (kind is PairKind.SCORE) for result in by_part)
+
+
+@pytest.mark.parametrize("most_scores", [attention.MOST_SCORES, 0], ids=["products", "fused"])
+def test_bfloat16_gradients_point_where_float32_ones_do(tiny_fm: Path, most_scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few scores are kept for the way back, too many are not."""
+    monkeypatch.setattr(attention, "MOST_SCORES", most_scores)
     pairs = _mixed_pairs()
     exact = run(load(tiny_fm), lambda engine: engine.prompt_gradients(pairs))
     engine = load(tiny_fm, dtype="bfloat16")

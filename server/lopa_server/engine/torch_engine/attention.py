@@ -26,6 +26,8 @@ from lopa_server.engine.torch_engine.native.kernels import Kernels, PagedRows, S
 from lopa_server.engine.torch_engine.products import KeysValues, attend, spans
 
 NAME = "lopa_paged"
+MOST_SCORES = 1 << 27
+"""Of a layer's call, some ten bytes each, that are kept for the way back. Beyond, fused attention keeps none, and takes its time."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,8 @@ class Score:
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """(b, h, q, e) queries over (b, key-value heads, l, e) keys and values: (b, h, q, e). mask: None for causal order."""
         on_cpu = query.device.type == "cpu"
-        if self.softcap is not None or self.sinks is not None or (on_cpu and query.requires_grad and query.dtype == torch.bfloat16):
+        slow_back = on_cpu and query.requires_grad and query.dtype == torch.bfloat16
+        if self.softcap is not None or self.sinks is not None or (slow_back and _scores(query, key) <= MOST_SCORES):
             return self._products(query, key, value, mask)
         if mask is not None and query.shape[2] == 1 and on_cpu:
             return self._decode(query, key, value, mask)
@@ -212,6 +215,11 @@ def attention(
 def register() -> None:
     """Make the attention known to transformers under NAME; harmless when it is. No mask is registered: models make none then."""
     AttentionInterface.register(NAME, attention)
+
+
+def _scores(query: torch.Tensor, key: torch.Tensor) -> int:
+    """How many there are."""
+    return query.shape[:3].numel() * key.shape[2]
 
 
 def _rectangle(packed: torch.Tensor, group: Group) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from lopa_server.engine.torch_engine.native.kernels import Kernels, find_kernels
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class FoundationModel:
     """Ours for this processor; None: torch does everything."""
     fusions: Fusions | None = None
     """The modules that compute by them."""
-    passes: list[torch.Tensor] = field(default_factory=list)
-    """Wanted places of the passes under way: several while one pauses for another."""
+    passes: list[Change] = field(default_factory=list)
+    """What the passes under way hand to the output head: several while one pauses for another."""
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Input embeddings of (…) token ids: (…, d) in the compute dtype, a fresh tensor."""
@@ -53,13 +54,31 @@ class FoundationModel:
         The output head is the last and often the largest product. Its input is cut to the wanted places just before it,
         which works for every architecture, whatever it does to logits afterwards.
         """
+        return self._pass(lambda states: states.flatten(0, 1)[places][None], inputs)
 
-        def cut(_: Any, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            own = self.passes[-1] is places
-            return (arguments[0].flatten(0, 1)[places][None], *arguments[1:]) if own else arguments
+    def states_at(self, places: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """The same pass up to the output head: what this would read at the places, (n, d)."""
+        kept: list[torch.Tensor] = []
 
-        handle = self.model.get_output_embeddings().register_forward_pre_hook(cut)
-        self.passes.append(places)
+        def keep(states: torch.Tensor) -> torch.Tensor:
+            kept.append(states.flatten(0, 1)[places])
+            return kept[0][:1][None]
+
+        self._pass(keep, inputs)
+        return kept[0]
+
+    def logits_of(self, states: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        """(n, v) float32 logits of (n, d) states. inputs: any pass, the smallest; what it makes is thrown away at the output head."""
+        return self._pass(lambda _: states[None], inputs)
+
+    def _pass(self, change: Change, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """change: from what the output head would read to what it reads."""
+
+        def hand_on(_: Any, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            return (change(arguments[0]), *arguments[1:]) if self.passes[-1] is change else arguments
+
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(hand_on)
+        self.passes.append(change)
         try:
             return self.model(**inputs).logits[0].float()
         finally:

@@ -25,6 +25,11 @@ from lopa_server.engine.torch_engine.layout import Piece
 from lopa_server.engine.torch_engine.loader import FoundationModel
 from lopa_server.engine.torch_engine.runner import ModelRunner
 
+LOGIT_BYTES = {"cpu": 1 << 30, "cuda": 1 << 32}
+"""For the logits of a micro-batch's targets at a time: with a large vocabulary a row takes megabytes, and a long target all memory."""
+BYTES_A_LOGIT = 16
+"""In the compute dtype and in float32, as log-probability, and on the way back."""
+
 
 @dataclass(frozen=True)
 class PlacedPair:
@@ -66,17 +71,17 @@ def run_pairs(
     pausing = pausing or contextlib.nullcontext()
     if kind is PairKind.SCORE:
         with pausing, torch.inference_mode():
-            losses = _losses(fm, runner, _embed(fm, pairs), pairs)
+            losses, _ = _losses(fm, runner, _embed(fm, pairs), pairs)
         return [PairResult(total, len(placed.pair.target)) for total, placed in zip(_sums(losses, pairs), pairs, strict=True)]
     with torch.no_grad():
         embeds = _embed(fm, pairs)
     embeds.requires_grad_()
     with pausing, _bounded(fm, embeds, max(placed.prefix for placed in pairs)):
-        losses = _losses(fm, runner, embeds, pairs)
-        (flowing,) = torch.autograd.grad(losses.sum(), embeds)
+        losses, sources = _losses(fm, runner, embeds, pairs)
+        (flowing,) = torch.autograd.grad(sources.outputs, embeds, sources.gradients)
     gradient = flowing.float().cpu().numpy()
     results = []
-    for row, (total, placed) in enumerate(zip(_sums(losses.detach(), pairs), pairs, strict=True)):
+    for row, (total, placed) in enumerate(zip(_sums(losses, pairs), pairs, strict=True)):
         start = len(placed.pair.input.before) - placed.prefix
         rows = gradient[row, start : start + placed.pair.input.rows].copy()
         results.append(PairResult(total, len(placed.pair.target), rows))
@@ -120,23 +125,57 @@ def _step(runner: ModelRunner, windows: Sequence[int], pairs: Sequence[PlacedPai
     return PairsStep(runner.pool, windows, slots, runner.layouts.masks(new, key, readable))
 
 
-def _losses(fm: FoundationModel, runner: ModelRunner, embeds: torch.Tensor, pairs: Sequence[PlacedPair]) -> torch.Tensor:
-    """-ln p of every target token of every pair, in order: (n,) float32."""
+@dataclass(frozen=True)
+class Sources:
+    """Where the way back to the soft rows begins."""
+
+    outputs: torch.Tensor
+    gradients: torch.Tensor | None
+    """Of the losses' sum, with respect to `outputs`; None where these are that sum."""
+
+
+def _losses(fm: FoundationModel, runner: ModelRunner, embeds: torch.Tensor, pairs: Sequence[PlacedPair]) -> tuple[torch.Tensor, Sources]:
+    """-ln p of every target token of every pair, in order: (n,) float32, without a gradient; and where their gradient begins."""
     counts = [len(placed.pair.target) for placed in pairs]
     width = embeds.shape[1]
     ends = np.array([row * width + placed.rest for row, placed in enumerate(pairs)])
     places = np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
-    targets = np.concatenate([np.array(placed.pair.target, dtype=np.int64) for placed in pairs])
-    positions = np.array([placed.prefix for placed in pairs])[:, None] + np.arange(width)
-    limit = fm.spec.context_length - 1
-    logits = fm.logits_at(
-        torch.from_numpy(places).to(fm.device),
-        inputs_embeds=embeds,
-        position_ids=torch.from_numpy(np.minimum(positions, limit)).to(fm.device),
-        use_cache=False,
-        paged_step=_step(runner, fm.windows, pairs, width),
-    )
-    return functional.cross_entropy(logits, torch.from_numpy(targets).to(fm.device), reduction="none")
+    targets = torch.from_numpy(np.concatenate([np.array(placed.pair.target, dtype=np.int64) for placed in pairs])).to(fm.device)
+    positions = np.minimum(np.array([placed.prefix for placed in pairs])[:, None] + np.arange(width), fm.spec.context_length - 1)
+    inputs = {
+        "inputs_embeds": embeds,
+        "position_ids": torch.from_numpy(positions).to(fm.device),
+        "use_cache": False,
+        "paged_step": _step(runner, fm.windows, pairs, width),
+    }
+    at_once = max(1, LOGIT_BYTES[fm.device.type] // (BYTES_A_LOGIT * fm.spec.vocab_size))
+    wanted = torch.from_numpy(places).to(fm.device)
+    if len(places) > at_once:
+        return _losses_by_part(fm, runner, fm.states_at(wanted, **inputs), targets, at_once)
+    losses = functional.cross_entropy(fm.logits_at(wanted, **inputs), targets, reduction="none")
+    return losses.detach(), Sources(losses.sum(), None)
+
+
+def _losses_by_part(
+    fm: FoundationModel, runner: ModelRunner, states: torch.Tensor, targets: torch.Tensor, at_once: int
+) -> tuple[torch.Tensor, Sources]:
+    """As `_losses`, from (n, d) states: logits of `at_once` targets exist at a time, forward and back."""
+    with torch.no_grad():
+        smallest = {
+            "inputs_embeds": fm.embed(torch.zeros((1, 1), dtype=torch.int64, device=fm.device)),
+            "position_ids": torch.zeros((1, 1), dtype=torch.int64, device=fm.device),
+            "use_cache": False,
+            "paged_step": PairsStep(runner.pool, fm.windows, None, runner.layouts.causal(1)),
+        }
+    losses, flowing = torch.empty(len(targets), device=fm.device), torch.zeros_like(states)
+    for low in range(0, len(targets), at_once):
+        part = slice(low, low + at_once)
+        rows = states[part].detach().requires_grad_(states.requires_grad)
+        found = functional.cross_entropy(fm.logits_of(rows, **smallest), targets[part], reduction="none")
+        losses[part] = found.detach()
+        if states.requires_grad:
+            (flowing[part],) = torch.autograd.grad(found.sum(), rows)
+    return losses, Sources(states, flowing)
 
 
 def _sums(losses: torch.Tensor, pairs: Sequence[PlacedPair]) -> list[float]:
