@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -111,6 +112,18 @@ def test_dept_changes_the_embeddings_of_what_is_read(bench: Bench, material: Mat
             assert ours.nll[place].item() == pytest.approx(theirs.item(), rel=1e-4)
     assert 10 * bench.fm.hidden - bench.fm.hidden < learner.footprint.numbers <= 10 * bench.fm.hidden
     assert learner.parameters["A"].shape[1] == RANK
+
+
+def test_what_is_learnt_goes_where_the_model_is(bench: Bench, material: Material) -> None:
+    """On another device than the CPU, with and without a prefix: PyTorch's meta device, which computes nothing but mixes with no other."""
+    far = replace(bench.fm, model=copy.deepcopy(bench.fm.model).to("meta"), device=torch.device("meta"))
+    prefix, dept = PrefixLearner(bench.fm, 0, rows=4), DecomposedLearner(bench.fm, material, 0, rows=10)
+    prefix.fm = dept.fm = far
+    past = prefix._model()._past(0, [TokenPair([5, 6], [7])])
+    assert past is not None
+    assert past.cache.layers[0].keys.is_meta
+    rows = [pair for pair in material.pairs if len(pair.prefix) == len(material.pairs[0].prefix)]
+    assert dept._inputs(rows).is_meta
 
 
 def test_reading_ahead_changes_nothing(bench: Bench, material: Material) -> None:

@@ -64,5 +64,5 @@ class DecomposedLearner(TorchLearner):
         """(b, m + t, d) of texts of t tokens."""
         read = torch.tensor([[*pair.prefix, *pair.prompt] for pair in pairs], device=self.fm.device)
         change = SLOWER * self.parameters["A"][: read.shape[1]] @ (SLOWER * self.parameters["B"])
-        embeddings = self.fm.model.get_input_embeddings()(read).float() + change
-        return torch.cat((self.parameters["prompt"].expand(len(pairs), -1, -1), embeddings), dim=1)
+        embeddings = self.fm.model.get_input_embeddings()(read).float() + change.to(self.fm.device)
+        return torch.cat((self.parameters["prompt"].to(self.fm.device).expand(len(pairs), -1, -1), embeddings), dim=1)

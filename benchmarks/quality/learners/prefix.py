@@ -69,7 +69,7 @@ class PrefixLearner(TorchLearner):
         model = self.fm.model.config
         flat = self.encoder(torch.arange(self.rows)).view(self.rows, model.num_hidden_layers, 2, model.num_attention_heads, -1)
         fields = {name: getattr(self.fm, name) for name in ("model", "tokenizer", "device", "bf16", "max_rows", "prefixes")}
-        return PrefixModel(**fields, virtual=flat.permute(1, 2, 3, 0, 4))
+        return PrefixModel(**fields, virtual=flat.permute(1, 2, 3, 0, 4).to(self.fm.device))
 
 
 def _before_last(pair: TokenPair) -> TokenPair:

@@ -20,7 +20,7 @@ from benchmarks.quality.material import Material
 SoftPrompts = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 """(parameters, features (b, h)) -> (b, m, d)."""
 IDPG_WIDTH = 16
-"""w; Wu et al. 2022 have 16 for one layer's prompts."""
+"""w; Wu et al.'s own code has 16 for a generator in every layer, LoPA's repository 256 for one at the input, as here."""
 
 
 class PromptLearner(TorchLearner):

@@ -41,7 +41,9 @@ class Item:
 
 @dataclass(frozen=True)
 class TaskData:
-    """One user's items for one task; no test item's text was seen in tuning."""
+    """One user's items for one task, test items from elsewhere than tuning items. What a package repeats of itself is left out of
+    completion's test items (`mostly_seen`), not of filing's.
+    """
 
     user: str
     task: str
