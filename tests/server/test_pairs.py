@@ -11,7 +11,7 @@ import pytest
 import torch
 from lopa_server.engine.base import InputSequence, PairRequest, PairResult
 from lopa_server.engine.pair_queue import PairKind
-from lopa_server.engine.torch_engine import attention, checkpointing
+from lopa_server.engine.torch_engine import attention, checkpointing, live
 from lopa_server.engine.torch_engine import pairs as micro_batches
 from lopa_server.engine.torch_engine.engine import TorchEngine
 from lopa_server.engine.torch_engine.packed import PackedLinear, can_pack, pack_linears
@@ -67,6 +67,40 @@ def test_gradients_are_those_of_torch(family: str, tmp_path: Path) -> None:
         _close(result.gradient, gradient)
 
 
+@pytest.mark.parametrize("prefix", [True, False], ids=["apart", "whole"])
+def test_few_scores_at_a_time_and_prefixes_without_a_mask_give_the_same(
+    prefix: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gemma2 caps its scores and has windows, so that its attention is plain products, with masks and without."""
+    fm = build_tiny_fm(tmp_path, family="gemma2")
+    model = AutoModelForCausalLM.from_pretrained(fm)
+    sizes: list[int] = []
+    softmax = torch.softmax
+
+    def watched(scores: torch.Tensor, *arguments: object, **named: object) -> torch.Tensor:
+        sizes.append(scores.numel())
+        return softmax(scores, *arguments, **named)
+
+    engine = load(fm)
+    monkeypatch.setattr(torch, "softmax", watched)
+    monkeypatch.setattr(attention, "MOST_SCORES", 5000)
+    if not prefix:
+        monkeypatch.setattr(live, "MOST_MASKED", 0)
+    pairs = [*_mixed_pairs(), pair(99, tokens=60, targets=8, before=40)]
+
+    async def scenario(engine: TorchEngine) -> tuple[list[PairResult], list[PairResult]]:
+        return await engine.prompt_gradients(pairs), await engine.score(pairs)
+
+    results, scores = run(engine, scenario)
+    assert max(sizes) <= 5000
+    assert (engine.stats().pair_prefix_tokens > 0) == prefix
+    monkeypatch.setattr(torch, "softmax", softmax)
+    for request, result, score in zip(pairs, results, scores, strict=True):
+        nll, gradient = _autograd(model, request)
+        assert result.nll_sum == pytest.approx(nll, rel=1e-5) == score.nll_sum
+        _close(result.gradient, gradient)
+
+
 @pytest.mark.parametrize("family", ("llama", "gemma3", "gpt2", "opt", "gpt_neox", "phi"))
 def test_layers_computed_twice_give_the_same_gradients_and_keep_less(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = load(build_tiny_fm(tmp_path, family=family, layers=6))
@@ -119,9 +153,8 @@ def test_logits_of_a_few_targets_at_a_time_give_the_same(
     assert all((result.gradient is None) == (kind is PairKind.SCORE) for result in by_part)
 
 
-@pytest.mark.parametrize("most_scores", [attention.MOST_SCORES, 0], ids=["products", "fused"])
+@pytest.mark.parametrize("most_scores", [attention.MOST_SCORES, 5000], ids=["whole", "parts"])
 def test_bfloat16_gradients_point_where_float32_ones_do(tiny_fm: Path, most_scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few scores are kept for the way back, too many are not."""
     monkeypatch.setattr(attention, "MOST_SCORES", most_scores)
     pairs = _mixed_pairs()
     exact = run(load(tiny_fm), lambda engine: engine.prompt_gradients(pairs))
@@ -205,6 +238,28 @@ def test_a_prefix_that_was_seen_before_changes_nothing_and_is_not_computed_again
         assert engine.stats().pair_prefix_tokens == stats.pair_prefix_tokens + len(texts[0].input.after) - 2
 
     run(load(fm), scenario)
+
+
+@pytest.mark.parametrize("family", ("llama", "gemma3"))
+def test_prefixes_computed_in_slices_give_the_same(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One takes half of its own over from another, which is still being computed."""
+    monkeypatch.setattr(micro_batches, "SLICE", 10)
+    fm = build_tiny_fm(tmp_path, family=family)
+    model = AutoModelForCausalLM.from_pretrained(fm)
+    first, second = pair(1, tokens=50, before=44), pair(2, tokens=50, before=45)
+    half = InputSequence(first.input.before[:26] + second.input.before[26:], second.input.soft, second.input.after)
+    pairs = [first, dataclasses.replace(second, input=half)]
+
+    async def scenario(engine: TorchEngine) -> list[PairResult]:
+        results = await engine.prompt_gradients(pairs)
+        stats = engine.stats()
+        assert (stats.pair_batches, stats.pair_prefix_tokens, stats.pair_prefix_hit_tokens) == (1, 44 + 45 - 24, 24)
+        return results
+
+    for request, result in zip(pairs, run(load(fm), scenario), strict=True):
+        nll, gradient = _autograd(model, request)
+        assert result.nll_sum == pytest.approx(nll, rel=1e-5)
+        _close(result.gradient, gradient)
 
 
 def test_decoding_goes_on_beside_gradients(tiny_fm: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import torch
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from lopa_server.engine.torch_engine.kv_pool import KvPool
@@ -26,8 +27,10 @@ from lopa_server.engine.torch_engine.native.kernels import Kernels, PagedRows, S
 from lopa_server.engine.torch_engine.products import KeysValues, attend, spans
 
 NAME = "lopa_paged"
+_kept_inputs = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+"""Calls a function of which only the inputs are kept for the way back."""
 MOST_SCORES = 1 << 27
-"""Of a layer's call, some ten bytes each, that are kept for the way back. Beyond, fused attention keeps none, and takes its time."""
+"""Of plain products, some ten bytes each, that exist at a time: more are computed in parts, and twice where a gradient is wanted."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +150,7 @@ class Score:
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """(b, h, q, e) queries over (b, key-value heads, l, e) keys and values: (b, h, q, e). mask: None for causal order."""
         on_cpu = query.device.type == "cpu"
-        slow_back = on_cpu and query.requires_grad and query.dtype == torch.bfloat16
-        if self.softcap is not None or self.sinks is not None or (slow_back and _scores(query, key) <= MOST_SCORES):
+        if self.softcap is not None or self.sinks is not None or (on_cpu and query.requires_grad and query.dtype == torch.bfloat16):
             return self._products(query, key, value, mask)
         if mask is not None and query.shape[2] == 1 and on_cpu:
             return self._decode(query, key, value, mask)
@@ -178,11 +180,26 @@ class Score:
     def _products(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         groups = query.shape[1] // key.shape[1]
         key, value = _repeat(key, groups), _repeat(value, groups)
+        width = query.shape[2]
+        at_once = max(1, MOST_SCORES // (query.shape[:2].numel() * key.shape[2]))
+        if width <= at_once:
+            return self._weighted(query, key, value, mask)
+        parts = []
+        for low in range(0, width, at_once):
+            stop = min(low + at_once, width)
+            some = query[:, :, low:stop]
+            inputs = (some, key[:, :, :stop], value[:, :, :stop], None) if mask is None else (some, key, value, mask[:, :, low:stop])
+            parts.append(_kept_inputs(self._weighted, *inputs) if torch.is_grad_enabled() else self._weighted(*inputs))
+        return torch.cat(parts, dim=2)
+
+    def _weighted(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """As a call, with keys and values repeated for every query head. Without a mask the queries are the last positions."""
         scores = torch.matmul(query, key.transpose(2, 3)) * self.scaling
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
         if mask is None:
-            causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_()
+            before = key.shape[2] - query.shape[2]
+            causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril_(before)
             scores = scores.masked_fill(~causal, torch.finfo(scores.dtype).min)
         else:
             scores = scores + mask
@@ -215,11 +232,6 @@ def attention(
 def register() -> None:
     """Make the attention known to transformers under NAME; harmless when it is. No mask is registered: models make none then."""
     AttentionInterface.register(NAME, attention)
-
-
-def _scores(query: torch.Tensor, key: torch.Tensor) -> int:
-    """How many there are."""
-    return query.shape[:3].numel() * key.shape[2]
 
 
 def _rectangle(packed: torch.Tensor, group: Group) -> torch.Tensor:

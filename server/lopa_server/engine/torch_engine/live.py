@@ -18,6 +18,8 @@ from lopa_server.engine.text import Decode, TextStream
 from lopa_server.engine.torch_engine.constraints import Constraint
 from lopa_server.engine.torch_engine.sampling import Choice
 
+MOST_MASKED = 1 << 28
+"""Entries of a pair's mask behind its prefix, some nine bytes each while it is made. A pair that is computed whole needs none."""
 Event: TypeAlias = Delta | list[PairResult] | Exception
 Kind = TypeVar("Kind", Delta, list[PairResult])
 
@@ -123,13 +125,13 @@ class LiveJob:
     """What the scheduler knows of its pairs."""
 
     def measure(self, scope: CacheScope, block_size: int) -> list[PairCost]:
-        """Set `costs`. A prefix is computed apart if it fills a block; something is left behind it."""
+        """Set `costs`. A prefix is computed apart if it fills a block and what is left behind it, never nothing, isn't too much."""
         self.costs = []
         for pair in self.pairs:
             read = pair.input
             prefix = min(len(read.before), len(read) - 1)
             content = None
-            if prefix >= block_size:
+            if prefix >= block_size and (len(pair) - prefix) * len(pair) <= MOST_MASKED:
                 content = Content(scope.root(pair.cache_salt), InputSequence(read.before[:prefix], None, ()), block_size)
             self.costs.append(PairCost(len(pair), len(pair.target), prefix if content is not None else 0, content))
         return self.costs

@@ -30,6 +30,9 @@ LOGIT_BYTES = {"cpu": 1 << 30, "cuda": 1 << 32}
 BYTES_A_LOGIT = 16
 """In the compute dtype and in float32, as log-probability, and on the way back."""
 
+SLICE = 2048
+"""Positions of a prefix that are computed at a time: attention's memory grows with these times all that stand before them."""
+
 
 @dataclass(frozen=True)
 class PlacedPair:
@@ -61,13 +64,7 @@ def run_pairs(
 
     pausing: entered once all prefixes are computed. Not before: others may find them in the pool as soon as their blocks are taken.
     """
-    pieces = [
-        Piece(placed.content, placed.table, placed.cached, placed.prefix - placed.cached)
-        for placed in pairs
-        if placed.content is not None and placed.cached < placed.prefix
-    ]
-    if pieces:
-        runner.step(pieces, [])
+    _compute_prefixes(runner, pairs)
     pausing = pausing or contextlib.nullcontext()
     if kind is PairKind.SCORE:
         with pausing, torch.inference_mode():
@@ -86,6 +83,25 @@ def run_pairs(
         rows = gradient[row, start : start + placed.pair.input.rows].copy()
         results.append(PairResult(total, len(placed.pair.target), rows))
     return results
+
+
+def _compute_prefixes(runner: ModelRunner, pairs: Sequence[PlacedPair]) -> None:
+    """What of the prefixes isn't in the pool yet.
+
+    In slices of places, the same for all pairs: what one of them finds in another's blocks is there by then.
+    """
+    missing = [placed for placed in pairs if placed.cached < placed.prefix]
+    for low in range(0, max((placed.prefix for placed in missing), default=0), SLICE):
+        pieces = [_piece(placed, max(placed.cached, low), min(placed.prefix, low + SLICE)) for placed in missing]
+        pieces = [piece for piece in pieces if piece.count > 0]
+        if pieces:
+            runner.step(pieces, [])
+
+
+def _piece(placed: PlacedPair, start: int, stop: int) -> Piece:
+    if placed.content is None:
+        raise ValueError("a prefix without content")
+    return Piece(placed.content, placed.table, start, stop - start)
 
 
 def _bounded(fm: FoundationModel, embeds: torch.Tensor, prefix: int) -> contextlib.AbstractContextManager[object]:
