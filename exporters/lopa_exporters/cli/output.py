@@ -20,11 +20,12 @@ def failing() -> Iterator[None]:
     """Tell expected failures in one line and exit with 1."""
     from lopa.errors import BundleError
 
+    from lopa_exporters.eval.sandbox import SandboxError
     from lopa_exporters.structure import ExportError
 
     try:
         yield
-    except (ValueError, OSError, ExportError, BundleError) as error:
+    except (ValueError, OSError, ExportError, BundleError, SandboxError) as error:
         typer.echo(f"lopa: {error}", err=True)
         raise typer.Exit(1) from error
 
@@ -85,11 +86,12 @@ def describe(bundle: Bundle) -> dict[str, str]:
 
 
 def print_table(title: str, rows: Mapping[str, str]) -> None:
-    """Two columns."""
+    """Two columns. Values are printed as they are: "[/]" in one is no markup."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=title, show_header=False)
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(escape(name), escape(value))
     Console().print(table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from lopa_exporters.eval.training import Trainer
 from lopa_exporters.frozen import FrozenModel, TokenPair
 from lopa_exporters.pipeline import Reporter
 
+log = logging.getLogger(__name__)
 TASKS = {task.name: task for task in (mbpp.TASK, cruxeval.INPUT, cruxeval.OUTPUT)}
 
 
@@ -71,7 +73,7 @@ def evaluate_code(plan: EvalPlan, reporter: Reporter) -> dict[str, Any]:
     """
     task = TASKS[plan.task]
     sandbox = Sandbox(Limits(cpu_seconds=task.cpu_seconds), allow_code_execution=plan.allow_code_execution)
-    measured = sandbox.measure()
+    measured = try_out(sandbox)
     files = [plan.data] if plan.test is None else [plan.data, plan.test]
     train, test = halves(task.read(plan.data)) if plan.test is None else (task.read(plan.data), task.read(plan.test))
     train, test = plan.limited(train), plan.limited(test)
@@ -102,6 +104,19 @@ def evaluate_code(plan: EvalPlan, reporter: Reporter) -> dict[str, Any]:
     return write_report(plan, identity, [proportion(task.metric, [verdict.passed for verdict in verdicts])], found)
 
 
+def try_out(sandbox: Sandbox) -> dict[str, Any]:
+    """`Sandbox.measure`; what programs could still do here is told before any is executed.
+
+    Raises:
+        SandboxError: no confined process could be started.
+    """
+    measured = sandbox.measure()
+    possible = [name for name, still in measured["possible"].items() if still]
+    if possible:
+        log.warning("not prevented on this machine for code that a model wrote: %s", ", ".join(possible))
+    return measured
+
+
 def score_references(
     task: str, data: Path, *, allow_code_execution: bool, limit: int, processes: int, reporter: Reporter
 ) -> dict[str, Any]:
@@ -112,7 +127,7 @@ def score_references(
     """
     own = TASKS[task]
     sandbox = Sandbox(Limits(cpu_seconds=own.cpu_seconds), allow_code_execution=allow_code_execution)
-    measured = sandbox.measure()
+    measured = try_out(sandbox)
     problems = own.read(data)[: limit or None]
     with reporter.task("Executing", len(problems)) as done:
         verdicts = []

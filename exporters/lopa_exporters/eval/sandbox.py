@@ -67,7 +67,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """reason: one line; of a failure it may hold text that the program chose."""
+    """reason: one line of printable characters; of a failure it may hold text that the program chose."""
 
     passed: bool
     reason: str
@@ -112,7 +112,9 @@ class Sandbox:
                 return Verdict(False, f"not finished after {self.limits.wall_seconds:g} s")
         if verdict is None:
             return Verdict(False, "the test did not finish")
-        return Verdict(verdict["passed"] is True, str(verdict["reason"]))
+        # What the program chose may have line ends in it, or orders to a terminal.
+        reason = "".join(character if character.isprintable() else " " for character in str(verdict["reason"]))
+        return Verdict(verdict["passed"] is True, reason)
 
     def check_all(self, checks: Sequence[Check], processes: int = 0) -> Iterator[Verdict]:
         """Verdicts in order. processes: how many at the same time; 0 is the machine's cores."""

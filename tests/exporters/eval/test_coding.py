@@ -11,13 +11,13 @@ from lopa_exporters.cli.evaluate import evaluate
 from lopa_exporters.eval import cruxeval, mbpp
 from lopa_exporters.eval.coding import TASKS, Reader, evaluate_code, score_references
 from lopa_exporters.eval.generation import Writing, continue_prompts
-from lopa_exporters.eval.sandbox import CodeExecutionRefused, Limits, Sandbox
+from lopa_exporters.eval.sandbox import CodeExecutionRefused, Limits, Sandbox, SandboxError
 from lopa_exporters.frozen import FrozenModel
 from typer import Typer
 from typer.testing import CliRunner
 
 from tests.exporters.backbones import build_backbone
-from tests.exporters.eval.samples import Quiet, build_causal, plan_of, write_cruxeval, write_mbpp
+from tests.exporters.eval.samples import Quiet, build_causal, plan_of, write_cruxeval, write_lines, write_mbpp
 
 WRITERS = {"mbpp": write_mbpp, "cruxeval-i": write_cruxeval, "cruxeval-o": write_cruxeval}
 
@@ -164,6 +164,45 @@ def test_the_command_runs_and_refuses(folder: Path, tmp_path: Path) -> None:
         failed = CliRunner().invoke(app, ["--data", str(data), "--allow-code-execution", *wrong])
         assert failed.exit_code == 1
         assert told in failed.stderr
+
+
+def test_what_is_not_prevented_is_told_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    possible = {"processes": False, "network": True, "writing": False, "reading": True}
+    monkeypatch.setattr(Sandbox, "measure", lambda _: {"measures": [], "possible": possible})
+
+    def executed(*_: object) -> None:
+        assert "code that a model wrote: network, reading" in caplog.text
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Sandbox, "check_all", executed)
+    with pytest.raises(KeyboardInterrupt):
+        score_references("mbpp", write_mbpp(tmp_path / "m.jsonl"), allow_code_execution=True, limit=0, processes=1, reporter=Quiet())
+
+
+def test_a_machine_without_a_sandbox_is_told_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(_: Sandbox) -> None:
+        raise SandboxError("no confined process could be started: it ended at once")
+
+    monkeypatch.setattr(Sandbox, "measure", measure)
+    app = Typer()
+    app.command()(evaluate)
+    data = write_mbpp(tmp_path / "m.jsonl")
+    failed = CliRunner().invoke(app, ["--task", "mbpp", "--data", str(data), "--reference", "--allow-code-execution"])
+    assert failed.exit_code == 1
+    assert failed.stderr.splitlines() == ["lopa: no confined process could be started: it ended at once"]
+
+
+def test_reasons_are_printed_as_they_are(tmp_path: Path) -> None:
+    """Whatever a program puts into its exception: markup of the terminal's tables, line ends, escape codes."""
+    app = Typer()
+    app.command()(evaluate)
+    rows = [json.loads(line) for line in write_mbpp(tmp_path / "m.jsonl").read_text().splitlines()]
+    rows[0]["canonical_solution"] = "    raise ValueError('[/bold] \\x1b[2J\\nnext')\n"
+    data = write_lines(tmp_path / "n.jsonl", rows)
+    done = CliRunner().invoke(app, ["--task", "mbpp", "--data", str(data), "--reference", "--allow-code-execution"])
+    assert done.exit_code == 0, done.output
+    assert "[/bold]" in done.output
+    assert "\x1b[2J" not in done.output
 
 
 def test_no_sandbox_no_model(folder: Path, tmp_path: Path) -> None:
