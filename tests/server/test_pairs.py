@@ -243,7 +243,7 @@ def test_a_prefix_that_was_seen_before_changes_nothing_and_is_not_computed_again
 @pytest.mark.parametrize("family", ("llama", "gemma3"))
 def test_prefixes_computed_in_slices_give_the_same(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One takes half of its own over from another, which is still being computed."""
-    monkeypatch.setattr(micro_batches, "SLICE", 10)
+    monkeypatch.setattr(micro_batches, "SLICE", {"cpu": 10})
     fm = build_tiny_fm(tmp_path, family=family)
     model = AutoModelForCausalLM.from_pretrained(fm)
     first, second = pair(1, tokens=50, before=44), pair(2, tokens=50, before=45)

@@ -21,6 +21,7 @@ from lopa_server.engine.content import Content
 from lopa_server.engine.pair_queue import PairKind
 from lopa_server.engine.torch_engine import checkpointing
 from lopa_server.engine.torch_engine.attention import PairsStep
+from lopa_server.engine.torch_engine.config import STEP_POSITIONS
 from lopa_server.engine.torch_engine.layout import Piece
 from lopa_server.engine.torch_engine.loader import FoundationModel
 from lopa_server.engine.torch_engine.runner import ModelRunner
@@ -30,8 +31,8 @@ LOGIT_BYTES = {"cpu": 1 << 30, "cuda": 1 << 32}
 BYTES_A_LOGIT = 16
 """In the compute dtype and in float32, as log-probability, and on the way back."""
 
-SLICE = 2048
-"""Positions of a prefix that are computed at a time: attention's memory grows with these times all that stand before them."""
+SLICE = STEP_POSITIONS
+"""Positions of a prefix that are computed at a time, by device, as of streams: attention's memory grows with them times all before."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def run_pairs(
 
     pausing: entered once all prefixes are computed. Not before: others may find them in the pool as soon as their blocks are taken.
     """
-    _compute_prefixes(runner, pairs)
+    _compute_prefixes(runner, pairs, SLICE[fm.device.type])
     pausing = pausing or contextlib.nullcontext()
     if kind is PairKind.SCORE:
         with pausing, torch.inference_mode():
@@ -85,14 +86,14 @@ def run_pairs(
     return results
 
 
-def _compute_prefixes(runner: ModelRunner, pairs: Sequence[PlacedPair]) -> None:
+def _compute_prefixes(runner: ModelRunner, pairs: Sequence[PlacedPair], size: int) -> None:
     """What of the prefixes isn't in the pool yet.
 
-    In slices of places, the same for all pairs: what one of them finds in another's blocks is there by then.
+    In slices of `size` places, the same for all pairs: what one of them finds in another's blocks is there by then.
     """
     missing = [placed for placed in pairs if placed.cached < placed.prefix]
-    for low in range(0, max((placed.prefix for placed in missing), default=0), SLICE):
-        pieces = [_piece(placed, max(placed.cached, low), min(placed.prefix, low + SLICE)) for placed in missing]
+    for low in range(0, max((placed.prefix for placed in missing), default=0), size):
+        pieces = [_piece(placed, max(placed.cached, low), min(placed.prefix, low + size)) for placed in missing]
         pieces = [piece for piece in pieces if piece.count > 0]
         if pieces:
             runner.step(pieces, [])
