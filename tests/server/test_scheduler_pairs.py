@@ -29,6 +29,21 @@ def test_a_call_with_many_pairs_does_not_hold_up_the_others() -> None:
     assert ("one", 0) in [pair for _ in range(2) for pair in named(pair_step(scheduler))]
 
 
+def test_more_pairs_than_are_looked_at_all_get_their_turn() -> None:
+    """Calls as large as the service allows, and somebody else's behind them."""
+    scheduler = Scheduler(SchedulerLimits(pair_positions=64 * 64))
+    for number in range(6):
+        scheduler.add_pairs(f"large{number}", GRADIENTS, costs(*[64] * 512), tenant="flood")
+    pair_step(scheduler)
+    scheduler.add_pairs("small", GRADIENTS, costs(200, 64), tenant="other")
+    assert ("small", 0) in named(pair_step(scheduler))
+    steps = []
+    while (step := scheduler.next_step()) is not None:
+        assert isinstance(step, PairStep)
+        steps.append(named(step))
+    assert sum(map(len, steps)) == 6 * 512 - 64 + 1
+
+
 def test_target_tokens_bound_a_micro_batch() -> None:
     scheduler = Scheduler(SchedulerLimits(pair_targets=10))
     scheduler.add_pairs("a", GRADIENTS, costs(10, 10, 10, targets=6))

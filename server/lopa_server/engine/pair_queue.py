@@ -119,7 +119,8 @@ class PairQueue:
         first_id = (self._turns[False].candidates() or self._turns[True].candidates())[0]
         first = self._jobs[first_id]
         alike = (first.kind, first.low_priority)
-        jobs = {name: job for name, job in self._jobs.items() if (job.kind, job.low_priority) == alike}
+        others = {name: job for name, job in self._jobs.items() if (job.kind, job.low_priority) == alike}
+        jobs = {first_id: first} | others  # its own pairs in front: they are among the candidates, however many wait
         waiting = (((name, index), job.costs[index].rest) for name, job in jobs.items() for index in job.pending)
         anchor = (first_id, next(iter(first.pending)))
         budget = self._positions if most is None else min(most, self._positions)
