@@ -20,7 +20,7 @@ from lopa_exporters.frozen import TokenPair
 from benchmarks.quality.learners.device import DeviceLearner
 from benchmarks.quality.learners.learner import Learner, State
 from benchmarks.quality.material import Material
-from benchmarks.quality.methods import METHODS, Bench
+from benchmarks.quality.methods import MAIN, METHODS, Bench
 
 BATCH = 8
 STEPS = {"completion": 30, "filing": 100, "naming": 100, "docstring": 100}
@@ -133,6 +133,8 @@ def run(cell: Cell, bench: Bench, material: Material) -> tuple[dict[str, Any], S
         row |= {"validation_nll": score(learner, material, material.validation).nll}
     test = score(learner, material, material.test)
     row |= {"test_nll": test.nll, "exact_match": test.exact}
+    if material.full and cell.method in MAIN:
+        row |= {"full_context_nll": score(learner, material, material.full).nll}
     if material.labels:
         row |= {"accuracy": accuracy(learner, material), "labels": len(material.labels)}
     row |= costs(learner, material, cell)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean
 
 import numpy as np
@@ -29,6 +30,7 @@ RESAMPLES = 10_000
 BESIDE_PRIORS = ("prompt_tuning", *PRIORS, "default")
 FEW_USERS = 6
 FEW_METHODS = ("prompt_tuning", "default", "lora_r8")
+FULL = "full_context_nll"
 WIDE = 4096
 """d of a large model."""
 
@@ -61,11 +63,11 @@ class Results:
     def has_plain(self, cell: Cell) -> bool:
         return Cell("none", cell.task, cell.user, cell.seed, cell.size) in self.rows
 
-    def gain(self, cell: Cell, guarded: bool = True) -> float:
+    def gain(self, cell: Cell, guarded: bool = True, nll: str = "test_nll") -> float:
         """Relative fall of the NLL on test items: 0.1 is 10 %. With the guard, what is no better on validation is not used."""
         plain, own = self.plain(cell), self.rows[cell]
         kept = own["validation_nll"] < plain["validation_nll"] or not guarded
-        return 1 - own["test_nll"] / plain["test_nll"] if kept else 0.0
+        return 1 - own[nll] / plain[nll] if kept else 0.0
 
     def select(self, method: str, tasks: Sequence[str] = TASKS, size: int | None = None) -> list[Cell]:
         """A method's own cells that have a plain one beside them."""
@@ -95,6 +97,15 @@ def with_priors(results: Results, task: str) -> dict[str, list[Cell]]:
     found = {method: {cell.user: cell for cell in results.select(method, (task,)) if cell.seed == 0} for method in BESIDE_PRIORS}
     users = set.intersection(*map(set, found.values()))
     return {method: [cells[user] for user in USERS if user in users] for method, cells in found.items()} if users else {}
+
+
+def at_full_context(results: Results) -> dict[str, list[Cell]]:
+    """Completion: the comparable cells that all of `COMPARED` have been measured on at full context too; empty if there are none."""
+    common = results.common(("completion",))
+    measured = {method: {(cell.user, cell.seed) for cell in cells if FULL in results.rows[cell]} for method, cells in common.items()}
+    shared = set.intersection(*(measured.get(method, set()) for method in COMPARED))
+    kept = {method: [cell for cell in cells if (cell.user, cell.seed) in shared & measured[method]] for method, cells in common.items()}
+    return {method: cells for method, cells in kept.items() if cells}
 
 
 def by_size(results: Results) -> dict[int | None, dict[str, list[Cell]]]:
@@ -157,6 +168,7 @@ def figures(results: Results) -> dict[str, float]:
     values |= _gains(everywhere(results), results, "")
     for task in finished:
         values |= _gains(results.common((task,)), results, f"_{task}")
+    values |= _gains(at_full_context(results), results, "_completion_full_context", FULL)
     for task in finished:
         measured = {method: by_user(cells, results.gain) for method, cells in with_priors(results, task).items()}
         for method in PRIORS:
@@ -206,12 +218,12 @@ def everywhere(results: Results) -> dict[str, list[Cell]]:
     return {method: cells for method, cells in kept.items() if cells}
 
 
-def _gains(common: Mapping[str, Sequence[Cell]], results: Results, suffix: str) -> dict[str, float]:
+def _gains(common: Mapping[str, Sequence[Cell]], results: Results, suffix: str, nll: str = "test_nll") -> dict[str, float]:
     values: dict[str, float] = {}
     if not common:
         return values
-    _put(values, f"none_nll{suffix}", estimate(by_user(common["none"], lambda cell: results.rows[cell]["test_nll"])))
-    gains = {method: by_user(cells, results.gain) for method, cells in common.items() if method != "none"}
+    _put(values, f"none_nll{suffix}", estimate(by_user(common["none"], lambda cell: results.rows[cell][nll])))
+    gains = {method: by_user(cells, partial(results.gain, nll=nll)) for method, cells in common.items() if method != "none"}
     for method, users in gains.items():
         _put(values, f"{method}_gain{suffix}", estimate(users))
     for other in ("prompt_tuning", "lora_r8"):

@@ -20,11 +20,13 @@ from benchmarks.quality.cell import Cell, lend, run
 from benchmarks.quality.material import Material, prepare
 from benchmarks.quality.methods import Bench
 from benchmarks.quality.store import Row, Store, rounded
-from benchmarks.quality.tasks import HELD_OUT, build, development_modules, held_out_modules
+from benchmarks.quality.tasks import HELD_OUT, build, development_modules, held_out_modules, with_all_before
 
 PREFIX_BYTES = 3 << 28
 SCORED_TOGETHER = 32
 """Pairs in one forward pass."""
+LONGEST_TOKEN = 8
+"""Characters of a token in the mean, in whatever code: for texts that are sure to fill the context."""
 Say = Callable[[str], None]
 
 
@@ -75,8 +77,10 @@ class Laboratory:
         """A user's items, ready; the last one asked for is kept."""
         key = (cell.task, cell.user, cell.seed, cell.size)
         if self._material is None or self._material[0] != key:
-            data = build(cell.user, cell.task, self._modules(cell.user), cell.seed)
-            self._material = (key, prepare(data, self.bench.fm, self.bench.encoder, cell.size, cell.seed))
+            modules, fm = self._modules(cell.user), self.bench.fm
+            data = build(cell.user, cell.task, modules, cell.seed)
+            longer = with_all_before(data.test, modules, LONGEST_TOKEN * fm.context) if cell.task == "completion" else []
+            self._material = (key, prepare(data, fm, self.bench.encoder, cell.size, cell.seed, longer))
         return self._material[1]
 
     def _modules(self, user: str) -> dict[str, str]:

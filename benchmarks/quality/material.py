@@ -33,20 +33,25 @@ class Material:
     test: tuple[int, ...]
     labels: tuple[tuple[int, ...], ...]
     """Filing: each label's tokens, the end token included."""
+    full: tuple[int, ...] = ()
+    """Completion: the test items again, behind as much of their files as the model's context holds."""
 
     def of(self, rows: Sequence[int]) -> list[TokenPair]:
         """Pairs of some items."""
         return [self.pairs[row] for row in rows]
 
 
-def prepare(data: TaskData, fm: FrozenModel, encoder: PromptEncoder, size: int | None, seed: int) -> Material:
-    """Tokenize, encode and split. size: tuning items that the user has; None is all of them."""
+def prepare(data: TaskData, fm: FrozenModel, encoder: PromptEncoder, size: int | None, seed: int, longer: Sequence[Item] = ()) -> Material:
+    """Tokenize, encode and split. size: tuning items that the user has; None is all of them. longer: items for the full context."""
     count = len(data.tuning) if size is None else min(size, len(data.tuning))
-    items = (*data.tuning[:count], *data.test)
+    items = (*data.tuning[:count], *data.test, *longer)
+    tests = count + len(data.test)
     order = permutation(count, "quality", seed)
     held = min(MAX_VALIDATION, max(1, round(VALIDATION_SHARE * count)))
     targets = fm.tokenize_targets([item.target for item in items], [item.append_end for item in items])
     prompts = fm.tokenize_targets([item.prompt for item in items], [False] * len(items))
+    room = fm.context - encoder.bundle.manifest.rows
+    prompts[tests:] = [_shortened(prompt, room - len(target)) for prompt, target in zip(prompts[tests:], targets[tests:], strict=True)]
     prefixes = fm.tokenize_prompts([item.prefix for item in items])
     labels = fm.tokenize_targets(data.labels, [True] * len(data.labels)) if data.labels else []
     pairs = tuple(map(TokenPair, prompts, targets, prefixes))
@@ -57,6 +62,12 @@ def prepare(data: TaskData, fm: FrozenModel, encoder: PromptEncoder, size: int |
         {name: np.asarray(value) for name, value in encoder.encode([item.text for item in items]).items()},
         training=tuple(sorted(order[held:])),
         validation=tuple(sorted(order[:held])),
-        test=tuple(range(count, len(items))),
+        test=tuple(range(count, tests)),
         labels=tuple(map(tuple, labels)),
+        full=tuple(range(tests, len(items))),
     )
+
+
+def _shortened(prompt: Sequence[int], most: int) -> list[int]:
+    """The first token and the last ones."""
+    return [*prompt] if len(prompt) <= most else [prompt[0], *prompt[1 - most :]]

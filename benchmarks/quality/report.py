@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -11,10 +12,12 @@ from lopa.priors import CHOSEN_BY, FITS
 
 from benchmarks.quality.cell import BATCH, MEASUREMENTS, STEPS, Cell
 from benchmarks.quality.figures import (
+    FULL,
     RESAMPLES,
     WIDE,
     Estimate,
     Results,
+    at_full_context,
     by_size,
     by_user,
     estimate,
@@ -54,6 +57,7 @@ def write(results: Results, rates: Rates, path: Path, pictures: Sequence[Path]) 
         **settings(),
         **quoted(results),
         "main": main_tables(results),
+        "full_context": full_context_table(results),
         "verdicts": verdicts(results),
         "priors": prior_table(results),
         "examples": example_table(results),
@@ -117,6 +121,19 @@ def main_tables(results: Results) -> str:
             rows = [_row(results, method, cells) for method, cells in common.items()]
             parts.append(f"### {TITLES[task]}\n\n{len(users)} users, {len(seeds)} seed{'s' * (len(seeds) > 1)}.\n\n{_table(COLUMNS, rows)}")
     return "\n\n".join(parts)
+
+
+def full_context_table(results: Results) -> str:
+    """Completion behind all that the model's context holds."""
+    rows = []
+    for method, cells in at_full_context(results).items():
+        short, full = (by_user(cells, lambda one, nll=nll: results.rows[one][nll]) for nll in ("test_nll", FULL))  # type: ignore[misc]
+        gains = by_user(cells, partial(results.gain, nll=FULL))
+        better = f"{sum(gain > 0 for gain in gains.values())} of {len(gains)}"
+        told = ["", ""] if method == "none" else [percent(estimate(gains)), better]
+        rows.append([METHODS[method].title, *(f"{fmean(values.values()):.3f}" for values in (short, full)), *told])
+    header = ("method", "NLL, short prompts", "NLL, full context", "gain at full context", "users better")
+    return _table(header, rows) if rows else "Not measured yet."
 
 
 def _row(results: Results, method: str, cells: Sequence[Cell]) -> list[str]:

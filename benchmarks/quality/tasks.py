@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-from lopa.demo.users import HELD_OUT, TaskData, TaskSizes, build_task, package_folder, read_modules
+from lopa.demo.users import HELD_OUT, Item, TaskData, TaskSizes, build_task, package_folder, read_modules
 
 from benchmarks.quality.functions import FUNCTION_TASKS, build_function_task
 
 ROOT = Path(__file__).resolve().parents[2]
+CODE = "<|code|>"
+"""Begins every prompt of completion."""
 TASKS = ("completion", "filing", "naming", "docstring")
 USERS = HELD_OUT[:12]
 """The standard library's ten, then what every installation of the server brings: chosen before anything was measured."""
@@ -46,3 +50,15 @@ def build(user: str, task: str, modules: dict[str, str], seed: int) -> TaskData:
     """
     cut = build_function_task if task in FUNCTION_TASKS else build_task
     return cut(user, task, modules, TaskSizes(), seed)
+
+
+def with_all_before(items: Sequence[Item], modules: Mapping[str, str], chars: int) -> list[Item]:
+    """Completion items, each with what stands before it in its file in front of its prompt: so many characters of it at most."""
+    longer = []
+    for item in items:
+        mark = item.prompt[: len(CODE)]
+        text = item.prompt.removeprefix(mark) + item.target
+        source = next(source for source in modules.values() if text in source)
+        at = source.index(text)
+        longer.append(replace(item, prompt=mark + source[max(0, at - chars) : at] + item.prompt.removeprefix(mark)))
+    return longer

@@ -30,7 +30,8 @@ class DecomposedLearner(TorchLearner):
     """
 
     def __init__(self, fm: FrozenModel, material: Material, seed: int, *, rows: int) -> None:
-        longest = max(len(pair.prefix) + len(pair.prompt) for pair in material.pairs)
+        pairs = material.of((*material.training, *material.validation, *material.test))
+        longest = max(len(pair.prefix) + len(pair.prompt) for pair in pairs)
         short = rows - -(-RANK * (longest + fm.hidden) // fm.hidden)
         if short < 1:
             raise ValueError(f"texts of {longest} tokens leave none of {rows} rows to the soft prompt")
