@@ -11,7 +11,7 @@ import typer
 from lopa_exporters.cli.output import TerminalReporter, failing, print_table
 
 Task = Literal["mbpp", "cruxeval-i", "cruxeval-o", "glue-sst2", "glue-mnli", "glue-mrpc", "glue-qnli", "glue-qqp", "glue-rte"]
-Method = Literal["none", "prompt-tuning", "lopa", "lora", "full"]
+Method = Literal["none", "prompt-tuning", "idpg", "lopa", "lora", "full"]
 _RECIPE, _LENGTHS = "Instead of the paper's hyper-parameters", "Instead of the paper's lengths and decoding"
 
 
@@ -40,14 +40,16 @@ def evaluate(
     processes: Annotated[int, typer.Option(min=0, help="Programs executed at the same time; 0: as many as cores.")] = 0,
     rows: Annotated[int | None, typer.Option(help="m, rows of the soft prompt.", rich_help_panel=_RECIPE)] = None,
     rank: Annotated[int | None, typer.Option(help="r, rank of LoPA's instance part.", rich_help_panel=_RECIPE)] = None,
-    head_width: Annotated[int | None, typer.Option(help="Inner width of LoPA's heads; 0: the encoder's.", rich_help_panel=_RECIPE)] = None,
-    encoder: Annotated[str | None, typer.Option(help="LoPA's text encoder: folder or id.", rich_help_panel=_RECIPE)] = None,
+    head_width: Annotated[
+        int | None, typer.Option(help="Inner width of LoPA's and IDPG's heads; 0: the encoder's.", rich_help_panel=_RECIPE)
+    ] = None,
+    encoder: Annotated[str | None, typer.Option(help="Text encoder of LoPA and IDPG: folder or id.", rich_help_panel=_RECIPE)] = None,
     encoder_tokens: Annotated[int | None, typer.Option(help="Longer inputs are cut.", rich_help_panel=_RECIPE)] = None,
     train_encoder: Annotated[
         bool | None,
         typer.Option("--train-encoder", help="Train the encoder along, as the official GLUE code does.", rich_help_panel=_RECIPE),
     ] = None,
-    dropout: Annotated[float | None, typer.Option(help="Before each of LoPA's heads.", rich_help_panel=_RECIPE)] = None,
+    dropout: Annotated[float | None, typer.Option(help="Before each head.", rich_help_panel=_RECIPE)] = None,
     prompt_start: Annotated[
         Literal["vocabulary", "random"] | None, typer.Option(help="Where soft prompts begin.", rich_help_panel=_RECIPE)
     ] = None,

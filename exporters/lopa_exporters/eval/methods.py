@@ -1,7 +1,8 @@
 """The methods that are compared: what each one trains, and the soft prompt that it puts before an input.
 
 The foundation model stays frozen except under "full"; LoRA's weights are PEFT's. LoPA's heads and prompt tuning are
-`lopa_exporters.lopa` with the profiles "heads" and "prompt".
+`lopa_exporters.lopa` with the profiles "heads" and "prompt". IDPG (Wu et al. 2022), as the official LoPA repository has it, makes the
+whole prompt of W2 tanh(W1 x + b1) + b2: the head that makes V (d, r), at r = m and by itself.
 
 Legend: b examples, m soft-prompt rows, d hidden size, h encoder width.
 """
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 
 from lopa_exporters.data import Indices
 from lopa_exporters.encoder import Encoder, EncoderConfig, pad_right
-from lopa_exporters.eval.recipes import Recipe
-from lopa_exporters.lopa import LoPAConfig, Tensors, init_lopa, soft_prompt
+from lopa_exporters.eval.recipes import METHODS, WITH_ENCODER, Recipe
+from lopa_exporters.lopa import LoPAConfig, Tensors, init_lopa, instance_factor, of_head, soft_prompt
 
 _LORA_TARGETS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -54,7 +55,7 @@ class Features:
 
 @dataclass(frozen=True)
 class SoftPrompts:
-    """Prompt tuning or LoPA, on the device of the model. tensors: leaves, see `lopa_exporters.lopa`."""
+    """Prompt tuning, LoPA or IDPG, on the device of the model. tensors: leaves, see `lopa_exporters.lopa`; IDPG has no Z."""
 
     config: LoPAConfig
     tensors: Tensors
@@ -71,13 +72,16 @@ class SoftPrompts:
 
     def __call__(self, features: Features, rows: Sequence[int] | Indices, *, train: bool) -> Tensor:
         """(b, m, d) for these examples; dropout in training only."""
-        device = self.tensors["Z"].device
+        device = next(iter(self.tensors.values())).device
         if features.fixed is not None:
             x = features.fixed[torch.as_tensor(rows)].to(device)
         else:
             ids, mask = (torch.from_numpy(array).to(device) for array in pad_right([features.ids[row] for row in rows]))
             x = self.encoder(ids, mask)  # type: ignore[misc]
-        return soft_prompt(self.config, {}, self.tensors, x, self.config.dropout if train else 0.0)
+        dropout = self.config.dropout if train else 0.0
+        if "Z" not in self.tensors:
+            return instance_factor(self.config, self.tensors, "v", x, dropout).mT
+        return soft_prompt(self.config, {}, self.tensors, x, dropout)
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,8 @@ def build_method(name: str, recipe: Recipe, base: Base, seed: int) -> Method:
     if name == "lora":
         model = _with_lora(base.model, recipe, seed)
         return Method(name, model, {key: value for key, value in model.named_parameters() if value.requires_grad}, None, (model,))
-    if name not in ("prompt-tuning", "lopa"):
-        raise ValueError(f"method is {name!r}; known are none, prompt-tuning, lopa, lora and full")
+    if name not in ("prompt-tuning", "idpg", "lopa"):
+        raise ValueError(f"method is {name!r}; known are {', '.join(METHODS)}")
     soft = _soft_prompts(name, recipe, base, seed)
     trainable = dict(soft.tensors)
     if soft.encoder is not None and recipe.train_encoder:
@@ -128,7 +132,7 @@ def build_method(name: str, recipe: Recipe, base: Base, seed: int) -> Method:
 
 def _soft_prompts(name: str, recipe: Recipe, base: Base, seed: int) -> SoftPrompts:
     encoder = None
-    if name == "lopa":
+    if name in WITH_ENCODER:
         encoder = Encoder.load(
             EncoderConfig(folder=recipe.encoder, pooling="auto", max_tokens=recipe.encoder_tokens, truncation_side=recipe.truncation_side)
         ).to(base.device)
@@ -138,7 +142,7 @@ def _soft_prompts(name: str, recipe: Recipe, base: Base, seed: int) -> SoftPromp
         hidden=base.hidden,
         features=encoder.width if encoder else 1,
         rows=recipe.rows,
-        rank=recipe.rank,
+        rank=recipe.rows if name == "idpg" else recipe.rank,
         head_width=recipe.head_width,
         composition="product" if encoder else "none",
         profile="heads" if encoder else "prompt",
@@ -147,7 +151,8 @@ def _soft_prompts(name: str, recipe: Recipe, base: Base, seed: int) -> SoftPromp
     generator = torch.Generator().manual_seed(seed)
     table = torch.randn(recipe.rows, base.hidden, generator=generator) if recipe.prompt_start == "random" else base.vocabulary()
     start = init_lopa(config, table, generator).start
-    leaves = {key: tensor.to(base.device).requires_grad_() for key, tensor in start.items()}
+    own = {key: tensor for key, tensor in start.items() if name != "idpg" or of_head(key, "v")}
+    leaves = {key: tensor.to(base.device).requires_grad_() for key, tensor in own.items()}
     return SoftPrompts(config, leaves, encoder, recipe.train_encoder)
 
 

@@ -15,7 +15,7 @@ from lopa.fingerprint import fingerprint_folder
 
 from lopa_exporters.checkpoint import check_identity
 from lopa_exporters.eval.metrics import Figure
-from lopa_exporters.eval.recipes import Recipe
+from lopa_exporters.eval.recipes import WITH_ENCODER, Recipe
 from lopa_exporters.eval.tables import digest
 from lopa_exporters.hub import resolve_folder
 from lopa_exporters.static import find_static
@@ -55,7 +55,7 @@ class EvalPlan:
 
     def identity(self, files: Sequence[Path]) -> dict[str, Any]:
         """What makes a run this run, for its folder."""
-        read = self.recipe.encoder if self.method == "lopa" else ""
+        read = self.recipe.encoder if self.method in WITH_ENCODER else ""
         return {
             "task": self.task,
             "method": self.method,
@@ -101,7 +101,7 @@ def write_report(plan: EvalPlan, identity: dict[str, Any], figures: Sequence[Fig
         "limit": plan.limit,
         "hyperparameters": identity["recipe"],
         "fm": {"name": plan.fm.name, "fingerprint": identity["fm"]},
-        "encoder": {"name": Path(plan.recipe.encoder).name, "fingerprint": identity["encoder"]} if plan.method == "lopa" else None,
+        "encoder": {"name": Path(plan.recipe.encoder).name, "fingerprint": identity["encoder"]} if plan.method in WITH_ENCODER else None,
         "data": {"sha256": identity["data"]},
         "bf16": plan.bf16,
         "versions": versions(),

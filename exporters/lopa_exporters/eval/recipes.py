@@ -5,11 +5,12 @@ trainers/base.py, tune_fft_baseline.py; …-LOPA-NLU: utils/config.py, trainers/
 paper, "Prompt Tuning Strikes Back" (Jain, Chaudhuri, Reps, Jermaine, NeurIPS 2024, arXiv:2405.15282).
 
 - m = 10; r = 1 on code, r = 4 on GLUE. The published counts of trained parameters (4.23 M on CruxEval at d = 2048; 0.80 M, 1.07 M
-  and 1.60 M on GLUE at r = 1, 2, 4) say how wide the heads' inner layer is: the encoder's width on code, 256 on GLUE.
-- Code: 10 epochs (4 for full fine-tuning on CruxEval) of batches of 2; constant rates of 1e-3 (prompt tuning, LoPA) and 1e-4 (LoRA)
+  and 1.60 M on GLUE at r = 1, 2, 4; IDPG's 16.34 M and 2.89 M) say how wide the heads' inner layer is: the encoder's width on code, 256
+  on GLUE.
+- Code: 10 epochs (4 for full fine-tuning on CruxEval) of batches of 2; constant rates of 1e-3 (prompt tuning, IDPG, LoPA) and 1e-4 (LoRA)
   with AdamW's own weight decay; full fine-tuning 1e-5, 500 steps of warm-up, then linearly to zero, decay 0.05, gradients
   clipped at 1 (transformers' Trainer).
-- GLUE: 20 epochs of batches of 16, no weight decay, 6 % warm-up, then constant: 1e-5 (LoPA, full), 1e-4 (LoRA, prompt tuning).
+- GLUE: 20 epochs of batches of 16, no weight decay, 6 % warm-up, then constant: 1e-5 (LoPA, full), 1e-4 (LoRA, prompt tuning, IDPG).
 - LoRA: rank 16, alpha 32, dropout 0.1 on queries, keys and values.
 - Encoders: CodeSage on code, RoBERTa-large on GLUE. CodeSage comes with Python code of its own, which is never run here; the
   default on code is the paper's other encoder, CodeBERT.
@@ -19,7 +20,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-METHODS = ("none", "prompt-tuning", "lopa", "lora", "full")
+METHODS = ("none", "prompt-tuning", "idpg", "lopa", "lora", "full")
+WITH_ENCODER = ("idpg", "lopa")
 SCHEDULES = ("constant", "linear")
 
 
@@ -32,16 +34,16 @@ class Recipe:
     rank: int = 1
     """r, LoPA's rank."""
     head_width: int = 0
-    """w, inner width of LoPA's heads; 0 is the encoder's."""
+    """w, inner width of LoPA's heads and of IDPG's; 0 is the encoder's."""
     encoder: str = "microsoft/codebert-base"
-    """LoPA's text encoder: folder or id."""
+    """The text encoder of LoPA and IDPG: folder or id."""
     encoder_tokens: int = 512
     truncation_side: str = "left"
     """Which end of a longer input the encoder does not see."""
     train_encoder: bool = False
     """The official GLUE code trains the encoder along with the heads; the paper's counts leave it out."""
     dropout: float = 0.1
-    """Before each of LoPA's heads."""
+    """Before each head."""
     prompt_start: str = "vocabulary"
     """"vocabulary": rows of the embedding table; "random": N(0, 1), as the official code has it."""
     learning_rate: float = 1e-3
@@ -80,7 +82,7 @@ class Recipe:
 
 
 _CODE_RATES = {"lora": 1e-4, "full": 1e-5}
-_GLUE_RATES = {"lora": 1e-4, "prompt-tuning": 1e-4}
+_GLUE_RATES = {"lora": 1e-4, "prompt-tuning": 1e-4, "idpg": 1e-4}
 
 
 def paper_recipe(task: str, method: str) -> Recipe:

@@ -130,7 +130,7 @@ def test_a_model_that_learnt_the_answers_passes(folder: Path, tmp_path: Path) ->
         evaluate_code(plan_of("mbpp", "full", folder, data, tmp_path / "run", limit=2, **changes), Quiet())
 
 
-@pytest.mark.parametrize("method", ["prompt-tuning", "lopa", "lora"])
+@pytest.mark.parametrize("method", ["prompt-tuning", "idpg", "lopa", "lora"])
 def test_each_method_trains_on_code(method: str, folder: Path, tmp_path: Path) -> None:
     """Ten epochs of two examples: the references become likelier than under the plain model."""
     data = write_mbpp(tmp_path / "m.jsonl")

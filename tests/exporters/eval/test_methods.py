@@ -84,7 +84,27 @@ def test_each_method_trains_what_it_says(folder: Path, encoder: str) -> None:
     whole = sum(tensor.numel() for tensor in MaskedModel.load(folder, device="cpu").model.parameters())
     heads = 2 * (24 * 8 + 8) + (10 * 4 * 8 + 10 * 4) + (32 * 4 * 8 + 32 * 4)
     lora = 2 * 3 * (16 * 32 + 32 * 16)
-    assert counts == {"none": 0, "prompt-tuning": 10 * 32, "lopa": 10 * 32 + heads, "lora": lora, "full": whole}
+    idpg = (24 * 8 + 8) + (10 * 32 * 8 + 10 * 32)
+    assert counts == {"none": 0, "prompt-tuning": 10 * 32, "idpg": idpg, "lopa": 10 * 32 + heads, "lora": lora, "full": whole}
+
+
+def test_idpg_makes_every_item_its_own_prompt(folder: Path, encoder: str) -> None:
+    """W2 tanh(W1 x + b1) + b2, shaped as the prompt; dropout in training only."""
+    import dataclasses
+
+    recipe = dataclasses.replace(paper_recipe("glue-sst2", "idpg"), encoder=encoder, encoder_tokens=32, rows=3, dropout=0.5)
+    soft = build_method("idpg", recipe, MaskedModel.load(folder, device="cpu"), 0).soft
+    assert soft is not None
+    features = soft.features(TEXTS)
+    assert features.fixed is not None
+    made = soft(features, [0, 1, 2], train=False)
+    weights = soft.tensors
+    whole = torch.tanh(features.fixed @ weights["W1v"].T + weights["b1v"]) @ weights["W2v"].T + weights["b2v"]
+    assert made.shape == (3, 3, 32)
+    assert torch.equal(made, whole.view(3, 32, 3).mT)
+    assert not torch.allclose(made[0], made[1])
+    assert torch.equal(made, soft(features, [0, 1, 2], train=False))
+    assert not torch.equal(made, soft(features, [0, 1, 2], train=True))
 
 
 def test_full_fine_tuning_learns_the_task_and_the_report_tells(folder: Path, data: Path, tmp_path: Path) -> None:
@@ -105,7 +125,7 @@ class Stopped(Exception):
     """An interruption."""
 
 
-@pytest.mark.parametrize("name", ["prompt-tuning", "lopa", "lora", "full", "encoder"])
+@pytest.mark.parametrize("name", ["prompt-tuning", "idpg", "lopa", "lora", "full", "encoder"])
 def test_an_interrupted_run_ends_as_an_unbroken_one(name: str, folder: Path, encoder: str, data: Path, tmp_path: Path) -> None:
     """Dropout, order and optimizer included: the same numbers, bit by bit."""
     method = "lopa" if name == "encoder" else name

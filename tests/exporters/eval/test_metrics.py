@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from lopa_exporters.eval.metrics import accuracy, bootstrap, f1, mean_of_both, proportion
 from lopa_exporters.eval.recipes import METHODS, Recipe, paper_recipe
 from lopa_exporters.eval.training import rate
-from lopa_exporters.lopa import LoPAConfig
+from lopa_exporters.lopa import LoPAConfig, of_head
 
 
 @pytest.mark.parametrize(("hits", "trials", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)])
@@ -48,6 +50,17 @@ def test_shapes_give_the_published_counts(task: str, rank: int, features: int, h
     recipe = paper_recipe(task, "lopa")
     config = LoPAConfig(hidden, features, recipe.rows, rank, recipe.head_width, profile="heads")
     assert config.personal_count() / 1e6 == pytest.approx(published, abs=0.006)
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "features", "hidden", "published"),
+    [("glue-mrpc", 5, 1024, 1024, 1.58), ("glue-mrpc", 10, 1024, 1024, 2.89), ("cruxeval-o", 10, 768, 2048, 16.34)],
+)
+def test_idpgs_shapes_give_the_published_counts(task: str, rows: int, features: int, hidden: int, published: float) -> None:
+    """As above, from the same file: the head that makes V, at r = m."""
+    recipe = paper_recipe(task, "idpg")
+    shapes = LoPAConfig(hidden, features, rows, rows, recipe.head_width, profile="heads").head_shapes()
+    assert sum(math.prod(shape) for name, shape in shapes.items() if of_head(name, "v")) / 1e6 == pytest.approx(published, abs=0.006)
 
 
 def test_schedules_are_transformers_own() -> None:
