@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from collections.abc import Iterable, Mapping
 from statistics import fmean, median
 from typing import Any
 
+from lopa import event_loop
 from lopa.bench.run import LoadResult, run_load
 from lopa.bench.summary import summarize
 from lopa.bench.workload import Workload
@@ -34,7 +34,7 @@ class LoadFailed(RuntimeError):
 
 def run(server: Server, workload: Workload) -> LoadResult:
     """Raises LoadFailed unless every request was answered."""
-    result = asyncio.run(run_load(server.endpoint, workload))
+    result = event_loop.run(run_load(server.endpoint, workload))
     errors = summarize(result).errors
     if errors:
         raise LoadFailed(f"{errors} in {workload}")

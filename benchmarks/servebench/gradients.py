@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 import grpc
+from lopa import event_loop
 from lopa.bench.requests import RequestMaker
 from lopa.bench.run import run_load
 from lopa.bench.summary import gaps, summarize
@@ -97,7 +98,7 @@ async def _batch_gain(server: Server, floor: GradientFloor, rounds: int) -> dict
 
 def batch_gain(server: Server, fm: Path, threads: int, rounds: int) -> dict[str, Any]:
     """Pairs per second of 32 users at once, one pair each, over those of one user after the other, and the bare products' of both."""
-    return asyncio.run(_batch_gain(server, GradientFloor(fm, READ, TARGET, threads), rounds))
+    return event_loop.run(_batch_gain(server, GradientFloor(fm, READ, TARGET, threads), rounds))
 
 
 async def _flooded(server: Server, workload: Workload, flood: int) -> tuple[float, dict[str, Any]]:
@@ -124,6 +125,6 @@ async def _flooded(server: Server, workload: Workload, flood: int) -> tuple[floa
 def streams_under_gradients(server: Server) -> tuple[float, list[dict[str, Any]]]:
     """p99 gap of 8 streams beside 4 gradient floods, over the same without; and both rows."""
     workload = dataclasses.replace(PERSONAL, concurrency=8, requests=16, users=8, seed=50)
-    alone, quiet = asyncio.run(_flooded(server, workload, 0))
-    beside, loud = asyncio.run(_flooded(server, workload, 4))
+    alone, quiet = event_loop.run(_flooded(server, workload, 0))
+    beside, loud = event_loop.run(_flooded(server, workload, 4))
     return beside / alone, [quiet, loud]

@@ -20,6 +20,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+from lopa import event_loop
 from lopa.retry import RetryPolicy
 from lopa.v1 import inference_pb2
 
@@ -119,7 +120,7 @@ def _main(
 ) -> None:
     crowd = _Crowd(address, metadata, bodies, demand, finished)
     results.send("ready")
-    results.send(asyncio.run(crowd.run(enough)))
+    results.send(event_loop.run(crowd.run(enough)))
 
 
 class _Crowd:

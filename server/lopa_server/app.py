@@ -18,6 +18,7 @@ from types import TracebackType
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from lopa import event_loop
 from lopa.v1 import catalog_pb2_grpc, inference_pb2_grpc, tuning_pb2_grpc
 
 from lopa_server.config import ConfigError, ServerConfig
@@ -246,7 +247,7 @@ class RunningServer:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._drain_seconds: float | None = None
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="lopa-server", daemon=True)
+        self._thread = threading.Thread(target=lambda: event_loop.run(self._serve()), name="lopa-server", daemon=True)
 
     @property
     def address(self) -> str:

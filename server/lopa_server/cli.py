@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from lopa import event_loop
 from lopa.cli.output import fail
 from lopa.noise import ClipAndNoise
 
@@ -145,7 +146,7 @@ def _run(config: ServerConfig, problems: list[str]) -> None:
     """Serve until the end. problems: found already, told with all others."""
     try:
         config.check(problems)
-        asyncio.run(_serve(config))
+        event_loop.run(_serve(config))
     except ConfigError as error:
         problems = str(error).splitlines()
         for problem in problems[:-1]:

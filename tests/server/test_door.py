@@ -80,7 +80,7 @@ def test_who_does_not_send_is_told_that_time_is_up(tiny_fm: Path, silence: Calla
 
 def test_a_probe_without_its_message_does_not_stay(tiny_fm: Path, monkeypatch: pytest.MonkeyPatch, silence: Callable[[], Any]) -> None:
     monkeypatch.setattr(door, "PROBE_SECONDS", 0.1)
-    monkeypatch.setattr("lopa_server.app.PROBE_SECONDS", 0.1)
+    monkeypatch.setattr("lopa_server.ports.PROBE_SECONDS", 0.1)
     with start_server(ServerConfig(fm=tiny_fm, threads=1, health_port=0)) as server:
         for address in (server.address, server.app.health_address):
             with grpc.insecure_channel(address) as channel:

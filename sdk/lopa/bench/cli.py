@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lopa import event_loop
 from lopa.cli.commands import Address, Json, Tls
 from lopa.cli.output import usage_error
 
@@ -74,7 +74,7 @@ def serve(
         token = token_file.read_text().strip() if token_file else None
         endpoint = Endpoint.of(address, tls, token, max_bytes=64 << 20, keepalive=30.0)
         with _progress(workload) as show:
-            result = asyncio.run(run_load(endpoint, workload, show))
+            result = event_loop.run(run_load(endpoint, workload, show))
     except ValueError as error:
         usage_error(str(error))
     summary = summarize(result)
