@@ -150,6 +150,20 @@ def test_a_shared_prefix_is_computed_once_but_never_across_salts() -> None:
     assert token_step(scheduler)["later"][0] == 0, "a prefix was shared although it can't be relied upon"
 
 
+def test_a_long_prompt_that_waits_is_not_hashed_in_every_step() -> None:
+    """Only up to the first block that nobody knows, however often it is looked at."""
+    scheduler = Scheduler(SchedulerLimits(kv_positions=40 * SIZE))
+    scheduler.add(sequence("running", 20 * SIZE))
+    token_step(scheduler)
+    waiting = sequence("long", 30 * SIZE)
+    scheduler.add(waiting)
+    for _ in range(5):
+        assert set(token_step(scheduler)) == {"running"}
+    assert len(waiting.content._chain) == 2
+    scheduler.remove("running")
+    assert token_step(scheduler)["long"] == (0, 30 * SIZE, True)
+
+
 def test_removed_work_is_never_named_again() -> None:
     scheduler = Scheduler(SchedulerLimits())
     scheduler.add(sequence("r", 10))

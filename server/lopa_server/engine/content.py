@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections.abc import Iterator
 
 from lopa_server.engine.base import Float32, InputSequence
 
@@ -55,7 +56,11 @@ class Content:
 
     def keys(self, end: int) -> list[bytes]:
         """Of every block that is full with the first `end` positions."""
-        return [self.key(block) for block in range(end // self._block_size)]
+        return list(self.each_key(end))
+
+    def each_key(self, end: int) -> Iterator[bytes]:
+        """The same one after the other: none behind the first that nobody knows has to be made."""
+        return map(self.key, range(end // self._block_size))
 
     def keys_to(self, end: int) -> list[bytes]:
         """As `keys`, and one for a last block that is filled up to `end` only: nobody may write behind it."""

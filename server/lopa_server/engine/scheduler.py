@@ -325,7 +325,7 @@ class Scheduler:
 
     def _fits(self, sequence: SequenceState) -> bool:
         """Whether there is room for all that is known of it, beside one more block for each row."""
-        found = self.blocks.find(sequence.content.keys(len(sequence.content) - 1))
+        found = self.blocks.find(sequence.content.each_key(len(sequence.content) - 1))
         needed = sequence.missing(self.blocks, len(sequence.content)) - len(found) + self.blocks.idle(found)
         promised = sum(row.missing(self.blocks, len(row.content)) + 1 for row in self._running.values())
         alone = not self._running and not self._holding

@@ -37,7 +37,7 @@ class SequenceState:
     def adopt(self, blocks: BlockManager) -> int:
         """Take over what the prefix cache has of this sequence, but for its last position. Positions found."""
         size = blocks.block_size
-        found = blocks.find(self.content.keys(len(self.content) - 1))
+        found = blocks.find(self.content.each_key(len(self.content) - 1))
         blocks.share(found)
         self.table, self.computed, self.published = found, len(found) * size, len(found)
         return self.computed
