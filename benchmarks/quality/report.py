@@ -92,9 +92,11 @@ def settings() -> dict[str, str]:
 
 
 def quoted(results: Results) -> dict[str, str]:
-    """Results that the text quotes: gains and accuracies by the figure's name, and what follows from them."""
+    """Results that the text quotes: gains, accuracies and ratios by the figure's name, and what follows from them."""
     found = figures(results)
     values = {name: f"{value:.1%}" for name, value in found.items() if "_gain_" in name or name.endswith("_accuracy")}
+    for name in (name for name in found if "_over_" in name and f"{name}_low" in found):
+        values[name] = times(Estimate(*(found[f"{name}{end}"] for end in ("", "_low", "_high")), int(found["users"])))
     values |= {name: size(found[f"{name}_bytes"]) for name in ("default_wide", "export_wide")}
     if "prompt_tuning_gain_filing" in found:
         values["aim"] = f"{1.5 * found['prompt_tuning_gain_filing']:.0%}"
