@@ -24,6 +24,7 @@ SHORT = dataclasses.replace(PERSONAL, rows=7, prompt_tokens=(ROWS + OWN - 7, ROW
 
 LENGTHS = (8, 512)
 """Of S-LoRA's synthetic trace."""
+CROWDS = 3
 UNCACHED = ", nothing from the cache"
 """Ends the names of rows with SHORT's prompts."""
 
@@ -90,14 +91,15 @@ def by_users(server: Server, rounds: int, counts: Iterable[int], requests: int) 
     return [{"name": name, "tokens_per_second": median(values), "rounds": values} for name, values in speeds.items()]
 
 
-def everybody_once(server: Server, users: int) -> Mapping[str, float]:
-    """Serve so many distinct users once, one token each, and see what the server's memory does after the first tenth."""
-    short = dataclasses.replace(PERSONAL, concurrency=64, rows=4, prompt_tokens=(2, 2), new_tokens=(1, 1))
-    workload = dataclasses.replace(short, users=users // 10, requests=users // 10)
-    run(server, workload)
-    before = server.resident_bytes()
-    run(server, dataclasses.replace(short, users=users, requests=users, seed=1))
-    return {"resident_before": before, "resident_after": server.resident_bytes(), "users": users}
+def resident_after_crowds(server: Server, users: int) -> list[int]:
+    """The server's memory in bytes after each of CROWDS crowds of so many distinct users who come once, for one token each; nobody is in
+    two crowds. The first one warms up."""
+    crowd = dataclasses.replace(PERSONAL, concurrency=64, rows=4, prompt_tokens=(2, 2), new_tokens=(1, 1), users=users, requests=users)
+    sizes = []
+    for number in range(CROWDS):
+        run(server, dataclasses.replace(crowd, seed=number))
+        sizes.append(server.resident_bytes())
+    return sizes
 
 
 def shared_prefix(server: Server, rounds: int, prefix: int = 512) -> dict[str, Any]:
