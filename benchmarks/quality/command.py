@@ -62,6 +62,7 @@ def run_grid(args: argparse.Namespace) -> None:
         for stage in args.stage or STAGES:
             laboratory.measure([cell for cell in grid[stage] if cell.method in (args.method or METHODS)], print)
     results = Results.of(store, [cell for stage in STAGES for cell in grid[stage]])
+    args.docs.mkdir(parents=True, exist_ok=True)
     report.write(results, rates, args.docs / "quality.md", plots.draw(results, args.docs))
     print(report.printed(results))
     outputs.write(args.json, figures(results), list(results.rows.values()))
