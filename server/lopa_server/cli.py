@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -184,6 +185,8 @@ async def _serve(config: ServerConfig) -> None:
         await asyncio.wait({starting})
         return
     await starting
+    gc.collect()
+    gc.freeze()  # else a collection goes through all of torch now and then, and for a tenth of a second nobody gets a token
     typer.echo(f"Serving {app.name} on {app.address}" + (f", metrics on {app.metrics_address}" if app.metrics_address else ""))
     broken = asyncio.create_task(app.gave_up())
     await asyncio.wait({stopping, broken}, return_when=asyncio.FIRST_COMPLETED)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
@@ -195,6 +196,8 @@ class SupervisedEngine:
                 log.critical("the engine has died more than %d times within %.0f s: giving up", RESTARTS, WINDOW_SECONDS)
                 self.gave_up.set()
                 return None
+            gc.unfreeze()  # the dead one may be part of a cycle, and its model is as large as the next one's
+            gc.collect()
             try:
                 return await self._fresh()
             except Exception:
