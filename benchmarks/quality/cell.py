@@ -75,6 +75,13 @@ def score(learner: Learner, material: Material, rows: Sequence[int]) -> Scores:
     return Scores(losses.mean().item(), losses.exact.float().mean().item())
 
 
+def at_full_context(learner: Learner, material: Material) -> dict[str, float]:
+    """NLL with the soft prompt at the front, and near the target; the same for learners that have none."""
+    front = score(learner, material, material.full).nll
+    near = front if learner.footprint.wire is None else score(learner, material, material.near).nll
+    return {"full_context_nll": front, "full_context_near_nll": near}
+
+
 @torch.no_grad()
 def accuracy(learner: Learner, material: Material) -> float:
     """Filing: the part of test items whose own label is the likeliest, as a whole, of all the user's labels."""
@@ -134,7 +141,7 @@ def run(cell: Cell, bench: Bench, material: Material) -> tuple[dict[str, Any], S
     test = score(learner, material, material.test)
     row |= {"test_nll": test.nll, "exact_match": test.exact}
     if material.full and cell.method in MAIN:
-        row |= {"full_context_nll": score(learner, material, material.full).nll}
+        row |= at_full_context(learner, material)
     if material.labels:
         row |= {"accuracy": accuracy(learner, material), "labels": len(material.labels)}
     row |= costs(learner, material, cell)

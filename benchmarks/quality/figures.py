@@ -30,7 +30,7 @@ RESAMPLES = 10_000
 BESIDE_PRIORS = ("prompt_tuning", *PRIORS, "default")
 FEW_USERS = 6
 FEW_METHODS = ("prompt_tuning", "default", "lora_r8")
-FULL = "full_context_nll"
+FULL, NEAR = "full_context_nll", "full_context_near_nll"
 WIDE = 4096
 """d of a large model."""
 
@@ -102,7 +102,7 @@ def with_priors(results: Results, task: str) -> dict[str, list[Cell]]:
 def at_full_context(results: Results) -> dict[str, list[Cell]]:
     """Completion: the comparable cells that all of `COMPARED` have been measured on at full context too; empty if there are none."""
     common = results.common(("completion",))
-    measured = {method: {(cell.user, cell.seed) for cell in cells if FULL in results.rows[cell]} for method, cells in common.items()}
+    measured = {method: {(cell.user, cell.seed) for cell in cells if NEAR in results.rows[cell]} for method, cells in common.items()}
     shared = set.intersection(*(measured.get(method, set()) for method in COMPARED))
     kept = {method: [cell for cell in cells if (cell.user, cell.seed) in shared & measured[method]] for method, cells in common.items()}
     return {method: cells for method, cells in kept.items() if cells}
@@ -169,6 +169,7 @@ def figures(results: Results) -> dict[str, float]:
     for task in finished:
         values |= _gains(results.common((task,)), results, f"_{task}")
     values |= _gains(at_full_context(results), results, "_completion_full_context", FULL)
+    values |= _gains(at_full_context(results), results, "_completion_full_context_near", NEAR)
     for task in finished:
         measured = {method: by_user(cells, results.gain) for method, cells in with_priors(results, task).items()}
         for method in PRIORS:

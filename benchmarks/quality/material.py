@@ -35,6 +35,8 @@ class Material:
     """Filing: each label's tokens, the end token included."""
     full: tuple[int, ...] = ()
     """Completion: the test items again, behind as much of their files as the model's context holds."""
+    near: tuple[int, ...] = ()
+    """The same, with the soft prompt as far from the target as in a short prompt: what stands further away is a prefix."""
 
     def of(self, rows: Sequence[int]) -> list[TokenPair]:
         """Pairs of some items."""
@@ -44,8 +46,9 @@ class Material:
 def prepare(data: TaskData, fm: FrozenModel, encoder: PromptEncoder, size: int | None, seed: int, longer: Sequence[Item] = ()) -> Material:
     """Tokenize, encode and split. size: tuning items that the user has; None is all of them. longer: items for the full context."""
     count = len(data.tuning) if size is None else min(size, len(data.tuning))
-    items = (*data.tuning[:count], *data.test, *longer)
+    items = (*data.tuning[:count], *data.test, *longer, *longer)
     tests = count + len(data.test)
+    full, near = range(tests, tests + len(longer)), range(tests + len(longer), len(items))
     order = permutation(count, "quality", seed)
     held = min(MAX_VALIDATION, max(1, round(VALIDATION_SHARE * count)))
     targets = fm.tokenize_targets([item.target for item in items], [item.append_end for item in items])
@@ -54,6 +57,9 @@ def prepare(data: TaskData, fm: FrozenModel, encoder: PromptEncoder, size: int |
     prompts[tests:] = [_shortened(prompt, room - len(target)) for prompt, target in zip(prompts[tests:], targets[tests:], strict=True)]
     prefixes = fm.tokenize_prompts([item.prefix for item in items])
     labels = fm.tokenize_targets(data.labels, [True] * len(data.labels)) if data.labels else []
+    for row, short in zip(near, prompts[count:tests], strict=bool(longer)):
+        own = min(len(short), len(prompts[row]) - 1)
+        prefixes[row], prompts[row] = [*prefixes[row], *prompts[row][:-own]], prompts[row][-own:]
     pairs = tuple(map(TokenPair, prompts, targets, prefixes))
     return Material(
         data,
@@ -64,7 +70,8 @@ def prepare(data: TaskData, fm: FrozenModel, encoder: PromptEncoder, size: int |
         validation=tuple(sorted(order[:held])),
         test=tuple(range(count, tests)),
         labels=tuple(map(tuple, labels)),
-        full=tuple(range(tests, len(items))),
+        full=tuple(full),
+        near=tuple(near),
     )
 
 

@@ -13,6 +13,7 @@ from lopa.priors import CHOSEN_BY, FITS
 from benchmarks.quality.cell import BATCH, MEASUREMENTS, STEPS, Cell
 from benchmarks.quality.figures import (
     FULL,
+    NEAR,
     RESAMPLES,
     WIDE,
     Estimate,
@@ -129,12 +130,13 @@ def full_context_table(results: Results) -> str:
     """Completion behind all that the model's context holds."""
     rows = []
     for method, cells in at_full_context(results).items():
-        short, full = (by_user(cells, lambda one, nll=nll: results.rows[one][nll]) for nll in ("test_nll", FULL))  # type: ignore[misc]
-        gains = by_user(cells, partial(results.gain, nll=FULL))
-        better = f"{sum(gain > 0 for gain in gains.values())} of {len(gains)}"
-        told = ["", ""] if method == "none" else [percent(estimate(gains)), better]
-        rows.append([METHODS[method].title, *(f"{fmean(values.values()):.3f}" for values in (short, full)), *told])
-    header = ("method", "NLL, short prompts", "NLL, full context", "gain at full context", "users better")
+        row = [METHODS[method].title]
+        for nll in ("test_nll", FULL, NEAR):
+            values = by_user(cells, lambda one, nll=nll: results.rows[one][nll])  # type: ignore[misc]
+            gains = by_user(cells, partial(results.gain, nll=nll))
+            row += [f"{fmean(values.values()):.3f}", "" if method == "none" else percent(estimate(gains))]
+        rows.append(row)
+    header = ("method", "NLL, short prompts", "gain", "NLL, full context", "gain", "NLL, soft prompt near the target", "gain")
     return _table(header, rows) if rows else "Not measured yet."
 
 

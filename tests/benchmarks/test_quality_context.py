@@ -8,7 +8,7 @@ import torch
 from lopa.demo.users import Item, TaskData
 
 from benchmarks.quality.cell import Cell, run
-from benchmarks.quality.figures import FULL, Results, at_full_context, figures
+from benchmarks.quality.figures import FULL, NEAR, Results, at_full_context, figures
 from benchmarks.quality.learners.dept import DecomposedLearner
 from benchmarks.quality.material import Material, prepare
 from benchmarks.quality.methods import Bench
@@ -44,6 +44,9 @@ def test_full_context_is_filled_and_not_passed(bench: Bench) -> None:
         assert len(full) + rows <= bench.fm.context
         assert bench.fm.tokenizer.decode(full.prompt).endswith(item.prompt.removeprefix("<|code|>"))
     assert max(len(pair) + rows for pair in material.of(material.full)) == bench.fm.context
+    for short, full, near in zip(*(material.of(places) for places in (material.test, material.full, material.near)), strict=True):
+        assert [*near.prefix, *near.prompt] == [*full.prefix, *full.prompt]
+        assert len(near.prompt) == min(len(short.prompt), len(full.prompt) - 1)
     assert DecomposedLearner(bench.fm, material, 0, rows=10).parameters["A"].shape[0] < 200
 
 
@@ -55,7 +58,8 @@ def test_a_cell_has_both(bench: Bench) -> None:
     with torch.no_grad():
         assert abs(plain[FULL] - bench.fm.losses(None, pairs).mean().item()) < 1e-4
     assert plain[FULL] != plain["test_nll"]
-    assert row[FULL] > 0
+    assert plain[NEAR] == plain[FULL]
+    assert row[NEAR] != row[FULL] > 0
     assert row["test_items"] == 4
     assert FULL not in run(Cell("idpg", "completion", "email", steps=1, rate=0.001), bench, material)[0]
 
@@ -66,10 +70,11 @@ def test_gains_at_full_context_are_told_where_they_were_measured() -> None:
     assert full_context_table(Results(rows)) == "Not measured yet."
     for cell, row in rows.items():
         if cell.task == "completion" and cell.seed == 2:
-            rows[cell] = {**row, FULL: 1.6 if cell.method == "none" else 1.2}
+            rows[cell] = {**row, FULL: 1.6 if cell.method == "none" else 1.2, NEAR: 1.6 if cell.method == "none" else 0.8}
     found = figures(Results(rows))
     assert round(found["default_gain_completion_full_context"], 6) == 0.25
+    assert round(found["default_gain_completion_full_context_near"], 6) == 0.5
     assert round(found["none_nll_completion_full_context"], 6) == 1.6
     assert {cell.seed for cells in at_full_context(Results(rows)).values() for cell in cells} == {2}
-    assert "| plain model | 2.000 | 1.600 |  |  |" in full_context_table(Results(rows))
-    assert "| 1.000 | 1.200 | 25.0% (25.0 to 25.0) | 12 of 12 |" in full_context_table(Results(rows))
+    assert "| plain model | 2.000 |  | 1.600 |  | 1.600 |  |" in full_context_table(Results(rows))
+    assert "| 1.200 | 25.0% (25.0 to 25.0) | 0.800 | 50.0% (50.0 to 50.0) |" in full_context_table(Results(rows))
