@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from lopa_exporters.eval.jail import syscalls, values
 from lopa_exporters.eval.sandbox import FOLDER, Check, CodeExecutionRefused, Limits, Sandbox, Verdict
 
-LIMITS = Limits(cpu_seconds=1, wall_seconds=8, memory_bytes=256 << 20)
+LIMITS = Limits(cpu_seconds=1, wall_seconds=30, memory_bytes=256 << 20)
 TEST = "def check(candidate):\n    assert candidate(2) == 3\n    assert candidate(40) == 41\n"
 RIGHT = "def f(x):\n    return x + 1\n"
 
