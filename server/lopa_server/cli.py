@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import signal
 import sys
@@ -15,6 +14,7 @@ from lopa import event_loop
 from lopa.cli.output import fail
 from lopa.noise import ClipAndNoise
 
+from lopa_server import heap
 from lopa_server.config import ConfigError, ServerConfig
 from lopa_server.engine.base import UnsupportedModel
 from lopa_server.identity.config import AccessConfig
@@ -185,8 +185,7 @@ async def _serve(config: ServerConfig) -> None:
         await asyncio.wait({starting})
         return
     await starting
-    gc.collect()
-    gc.freeze()  # else a collection goes through all of torch now and then, and for a tenth of a second nobody gets a token
+    heap.settle()
     typer.echo(f"Serving {app.name} on {app.address}" + (f", metrics on {app.metrics_address}" if app.metrics_address else ""))
     broken = asyncio.create_task(app.gave_up())
     await asyncio.wait({stopping, broken}, return_when=asyncio.FIRST_COMPLETED)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from lopa_server import heap
 from lopa_server.bounds import Bounds, OutOfTime
 from lopa_server.engine.base import (
     Delta,
@@ -196,10 +196,9 @@ class SupervisedEngine:
                 log.critical("the engine has died more than %d times within %.0f s: giving up", RESTARTS, WINDOW_SECONDS)
                 self.gave_up.set()
                 return None
-            gc.unfreeze()  # the dead one may be part of a cycle, and its model is as large as the next one's
-            gc.collect()
             try:
-                return await self._fresh()
+                with heap.unsettled():  # the dead one may be part of a cycle, and its model is as large as the next one's
+                    return await self._fresh()
             except Exception:
                 log.critical("the engine can't be restarted", exc_info=True)
         return None
