@@ -46,9 +46,8 @@ class Material:
 def prepare(data: TaskData, fm: FrozenModel, encoder: PromptEncoder, size: int | None, seed: int, longer: Sequence[Item] = ()) -> Material:
     """Tokenize, encode and split. size: tuning items that the user has; None is all of them. longer: items for the full context."""
     count = len(data.tuning) if size is None else min(size, len(data.tuning))
-    items = (*data.tuning[:count], *data.test, *longer, *longer)
+    items = (*data.tuning[:count], *data.test, *longer)
     tests = count + len(data.test)
-    full, near = range(tests, tests + len(longer)), range(tests + len(longer), len(items))
     order = permutation(count, "quality", seed)
     held = min(MAX_VALIDATION, max(1, round(VALIDATION_SHARE * count)))
     targets = fm.tokenize_targets([item.target for item in items], [item.append_end for item in items])
@@ -57,24 +56,29 @@ def prepare(data: TaskData, fm: FrozenModel, encoder: PromptEncoder, size: int |
     prompts[tests:] = [_shortened(prompt, room - len(target)) for prompt, target in zip(prompts[tests:], targets[tests:], strict=True)]
     prefixes = fm.tokenize_prompts([item.prefix for item in items])
     labels = fm.tokenize_targets(data.labels, [True] * len(data.labels)) if data.labels else []
-    for row, short in zip(near, prompts[count:tests], strict=bool(longer)):
-        own = min(len(short), len(prompts[row]) - 1)
-        prefixes[row], prompts[row] = [*prefixes[row], *prompts[row][:-own]], prompts[row][-own:]
     pairs = tuple(map(TokenPair, prompts, targets, prefixes))
+    near = tuple(_split(pair, len(prompt)) for pair, prompt in zip(pairs[tests:], prompts[count:tests], strict=bool(longer)))
+    features = {name: np.asarray(value) for name, value in encoder.encode([item.text for item in items]).items()}
     return Material(
         data,
-        items,
-        pairs,
-        {name: np.asarray(value) for name, value in encoder.encode([item.text for item in items]).items()},
+        (*items, *longer),
+        (*pairs, *near),
+        {name: np.concatenate((values, values[tests:])) for name, values in features.items()},
         training=tuple(sorted(order[held:])),
         validation=tuple(sorted(order[:held])),
         test=tuple(range(count, tests)),
         labels=tuple(map(tuple, labels)),
-        full=tuple(full),
-        near=tuple(near),
+        full=tuple(range(tests, len(pairs))),
+        near=tuple(range(len(pairs), len(pairs) + len(near))),
     )
 
 
 def _shortened(prompt: Sequence[int], most: int) -> list[int]:
     """The first token and the last ones."""
     return [*prompt] if len(prompt) <= most else [prompt[0], *prompt[1 - most :]]
+
+
+def _split(pair: TokenPair, own: int) -> TokenPair:
+    """The same text with its last `own` tokens as the prompt, what stands before them as its prefix."""
+    own = min(own, len(pair.prompt) - 1)
+    return TokenPair(pair.prompt[-own:], pair.target, [*pair.prefix, *pair.prompt[:-own]])
