@@ -8,6 +8,9 @@ from lopa.bench.workload import Planned, Workload
 from lopa.v1 import catalog_pb2, common_pb2, inference_pb2
 from lopa.wire.tensors import soft_prompt_message
 
+ROW_NORM = 1 / 16
+"""Part of the longest row that the server takes. By default it takes 16 times its longest token embedding."""
+
 
 class RequestMaker:
     """Makes messages that fit one server's model."""
@@ -26,10 +29,10 @@ class RequestMaker:
         self._prefix = self.tokens(workload.prefix_tokens, workload.seed, 0)
 
     def soft_prompt(self, user: int) -> common_pb2.SoftPrompt:
-        """(m, d) Gaussian rows, about as long as the model's longest token embedding."""
+        """(m, d) Gaussian rows, about as long as a default server's longest token embedding."""
         model, rows = self._model, self._workload.rows
         values = np.random.default_rng((self._workload.seed, 1, user)).standard_normal((rows, model.hidden_size), dtype=np.float32)
-        values *= model.limits.max_row_norm / 16 / np.sqrt(model.hidden_size)
+        values *= ROW_NORM * model.limits.max_row_norm / np.sqrt(model.hidden_size)
         return soft_prompt_message(values, common_pb2.DTYPE_BF16, self._placement)
 
     def generate(self, planned: Planned) -> inference_pb2.GenerateRequest:
