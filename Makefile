@@ -30,12 +30,13 @@ demo: $(VENV)/.demo  ## eight users tune at the same time, then generate in one 
 test: $(VENV)/.dev  ## every test that needs no patience (all of them: make test ARGS="-m ''")
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-check: $(VENV)/.dev  ## format, lint, types, generated code, licences
+check: $(VENV)/.dev  ## format, lint, types, generated code and tables, licences
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python scripts/generate_proto.py --check
 	$(BIN)/python scripts/generate_error_table.py --check
+	$(BIN)/python scripts/update_tables.py --check
 	$(BIN)/python scripts/sbom.py
 
 secrets: $(VENV)/.dev  ## keys and passwords in the tree (ten seconds)
