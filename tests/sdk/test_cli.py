@@ -79,6 +79,20 @@ def test_a_users_life(address: str, jsonl: Path, tmp_path: Path, capsys: Capture
     assert "nothing changed" in capsys.readouterr().out or lopa.open_personal(folder).version == 3
 
 
+def test_the_soft_prompt_stands_where_it_is_told_to(address: str, jsonl: Path, tmp_path: Path, capsys: Capture) -> None:
+    folder = tmp_path / "me"
+    assert run("tune", address, folder, jsonl, "--steps", 2) == 0
+    offsets = []
+    for more in ((), ("--after-prefix",)):
+        capsys.readouterr()
+        assert run("generate", address, "x", "--personal", folder, "--prefix", "def f():", "--max-tokens", 2, "--json", *more) == 0
+        offsets.append(json.loads(capsys.readouterr().out)["receipt"]["offset"])
+    assert 0 == offsets[0] < offsets[1]
+    assert run("generate", address, "x", "--prefix", "def f():", "--max-tokens", 2) == 0
+    assert run("generate", address, "x", "--personal", folder, "--after-prefix") == 2
+    assert run("generate", address, "x", "--prefix", "def f():", "--after-prefix") == 2
+
+
 def test_generate_with_every_option(address: str, tmp_path: Path, capsys: Capture) -> None:
     options = "--temperature 1 --top-p 0.9 --top-k 50 --min-p 0.01 --repetition-penalty 1.1 --presence-penalty 0.5 --frequency-penalty 0.5"
     more = "--logit-bias 7=-5 --logit-bias 9=1 --seed 3 --stop XYZ --ignore-end --max-tokens 6 -n 2"

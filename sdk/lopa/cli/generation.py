@@ -15,6 +15,7 @@ from lopa.cli.output import print_json, usage_error
 
 if TYPE_CHECKING:
     from lopa.stream import GenerationStream
+    from lopa.values import Placement
 
 
 def generate(
@@ -22,6 +23,11 @@ def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on from; - reads standard input.", show_default=False)],
     personal: Annotated[Path | None, typer.Option(help="Answer as this user's folder has learnt.", show_default=False)] = None,
     persona: PersonaName = "default",
+    prefix: Annotated[str | None, typer.Option(metavar="TEXT", help="What stands before the prompt.", show_default=False)] = None,
+    after_prefix: Annotated[
+        bool,
+        typer.Option("--after-prefix", help="The soft prompt stands between the prefix and the prompt, as is right behind a long prefix."),
+    ] = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Only the smallest set of tokens that holds this probability.")] = 1.0,
@@ -66,11 +72,15 @@ def generate(
         "n": n,
         "json_schema": _text(json_schema) if json_schema else None,
     }
+    if after_prefix and (prefix is None or personal is None):
+        usage_error("--after-prefix says where the soft prompt stands: give --prefix and --personal too")
     with open_client(address, tls) as client:
         if personal is None:
-            _show(client.stream(text, **sampling), as_json=as_json, several=n > 1)
+            _show(client.stream(text, prefix=prefix, **sampling), as_json=as_json, several=n > 1)
             return
-        _show(open_persona(client, personal, persona, plain=True).stream(text, **sampling), as_json=as_json, several=n > 1)
+        me = open_persona(client, personal, persona, plain=True)
+        placement: Placement | None = "after_prefix" if after_prefix else None
+        _show(me.stream(text, prefix=prefix, placement=placement, **sampling), as_json=as_json, several=n > 1)
 
 
 def _show(stream: GenerationStream, *, as_json: bool, several: bool) -> None:
