@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import family
 from lopa.transport import Endpoint
 from peers.process import PeerFailed, continue_group, stop_group
 
@@ -44,9 +45,8 @@ class Server:
             stop_group(self.process)
 
     def resident_bytes(self) -> int:
-        """Memory of the process that is in RAM."""
-        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
+        """Memory of server and engine that is in RAM."""
+        return family.resident_bytes(self.process.pid)
 
     def metrics(self) -> dict[str, float]:
         """Every sample of the metrics page, by name with labels."""

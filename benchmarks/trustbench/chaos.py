@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
 import signal
 import subprocess
@@ -15,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import family
 import grpc
 import lopa
 from lopa.v1 import inference_pb2, inference_pb2_grpc
@@ -64,15 +67,22 @@ class Victim:
     def ensure(self) -> None:
         """Returns while it serves."""
         if self._process is None or self._process.poll() is not None:
-            self._process, ready = launch(self._folder, self._port, OPTIONS, module="trustbench.victim")
+            self._process, ready = launch(self._folder, self._port, OPTIONS)
             wait_ready(self._process, ready)
 
-    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
-        """SIGUSR1 kills the engine's thread only."""
+    def kill(self) -> None:
+        """Its engine's process ends by itself then."""
         if self._process is not None:
-            self._process.send_signal(number)
-            if number is signal.SIGKILL:
-                self._process.wait()
+            self._process.kill()
+            self._process.wait()
+
+    def kill_engine(self) -> bool:
+        """The engine's process alone. False: there is none at the moment."""
+        engines = list(family.children(self._process.pid)) if self._process is not None else []
+        for engine in engines:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(engine, signal.SIGKILL)
+        return bool(engines)
 
 
 class Devices:
@@ -160,8 +170,10 @@ def killed_at_random(victim: Victim, devices: Devices, kills: int, seed: int, la
             what = rng.choice(("server", "server", "engine", "device"))
             if what == "device":
                 done[what] += devices.kill(rng.randrange(1 << 16))
+            elif what == "engine":
+                done[what] += victim.kill_engine()
             else:
-                victim.kill(signal.SIGKILL if what == "server" else signal.SIGUSR1)
+                victim.kill()
                 done[what] += 1
             victim.ensure()
         last.set()

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import family
 import grpc
 from lopa.v1 import catalog_pb2, catalog_pb2_grpc
 from lopa_server.identity.caller import DEVICE_SCOPES
@@ -45,13 +46,11 @@ class Server:
         return grpc.insecure_channel(self.address, [("grpc.use_local_subchannel_pool", int(private))])
 
     def resident_bytes(self) -> int:
-        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
+        return family.resident_bytes(self.process.pid)
 
     def cpu_seconds(self) -> float:
-        """That all its threads have used so far."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        """That all its threads and its engine's have used so far."""
+        return family.cpu_seconds(self.process.pid)
 
     def metric(self, name: str) -> float:
         """One sample without labels."""
@@ -88,11 +87,11 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
-def launch(folder: Path, port: int, options: Sequence[str] = (), module: str = "lopa.cli") -> tuple[subprocess.Popen[bytes], Path]:
+def launch(folder: Path, port: int, options: Sequence[str] = ()) -> tuple[subprocess.Popen[bytes], Path]:
     """Start the command; the file appears with its address once it serves."""
     ready = folder / "address"
     ready.unlink(missing_ok=True)
-    command = [sys.executable, "-m", module, "serve", "--port", str(port), "--ready-file", str(ready), "--log-level", "warning"]
+    command = [sys.executable, "-m", "lopa.cli", "serve", "--port", str(port), "--ready-file", str(ready), "--log-level", "warning"]
     with (folder / "server.log").open("ab") as log:
         return subprocess.Popen([*command, *options], stdout=log, stderr=log, cwd=folder, env=environment()), ready
 

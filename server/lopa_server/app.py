@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 from lopa import event_loop
 from lopa.v1 import catalog_pb2_grpc, inference_pb2_grpc, tuning_pb2_grpc
 
+from lopa_server import warmup
 from lopa_server.config import ConfigError, ServerConfig
 from lopa_server.identity.authenticator import Authenticator
 from lopa_server.identity.keys import KeyFileError
@@ -163,11 +164,11 @@ class ServerApp:
 
     async def _load(self) -> None:
         bundles = await asyncio.to_thread(open_bundles, self._config)
-        from lopa_server import warmup
-
         engine = SupervisedEngine(lambda: warmup.load_engine(self._config), warmup.warm_up, self._config.step_seconds)
         try:
-            await engine.start(self._engine_answers)
+            _, tokenizer = await asyncio.gather(
+                engine.start(self._engine_answers), asyncio.to_thread(PromptTokenizer.load, self._config.fm)
+            )
         except BaseException:
             await engine.stop()
             raise
@@ -176,7 +177,6 @@ class ServerApp:
             self._gate.engine = engine
         place = self._temporary = tempfile.TemporaryDirectory(prefix="lopa-bundle-")
         published = await asyncio.to_thread(publish, bundles, engine.spec, self._config, Path(place.name))
-        tokenizer = PromptTokenizer(engine.tokenizer)
         checker = RequestChecker(engine.spec, self._config.limits, tokenizer)
         version = importlib.metadata.version("lopa")
         self._handlers.catalog = CatalogHandler(

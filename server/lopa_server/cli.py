@@ -46,8 +46,11 @@ def serve(
     block_size: Annotated[int, typer.Option(help="Positions in one block of that pool.")] = DEFAULTS.block_size,
     threads: Annotated[int | None, typer.Option(help="CPU threads for torch. Default: torch's own choice.")] = None,
     native: Annotated[bool, typer.Option(help="On a CPU: our own kernels, where a C compiler is at hand.")] = True,
+    engine_process: Annotated[
+        bool, typer.Option(help="The engine in a process of its own: a crashed or stuck one is replaced while the server answers.")
+    ] = os.name == "posix",
     step_seconds: Annotated[
-        float, typer.Option(help="An engine step that takes longer is stuck: the process ends.")
+        float, typer.Option(help="An engine step that takes longer is stuck: the engine is started again.")
     ] = DEFAULTS.step_seconds,
     drain_seconds: Annotated[float, typer.Option(help="How long running calls may take after SIGTERM.")] = DEFAULTS.drain_seconds,
     log_level: Annotated[
@@ -136,6 +139,7 @@ def serve(
         kv_memory_mib=kv_memory_mib,
         block_size=block_size,
         limits=ServiceLimits(max_virtual_tokens=max_virtual_tokens),
+        engine_process=engine_process,
         step_seconds=step_seconds,
         drain_seconds=drain_seconds,
         ready_file=ready_file,

@@ -55,6 +55,8 @@ class ServerConfig:
     """"float32" or "bfloat16"; None: bfloat16 on CUDA, float32 on the CPU."""
     device: str | None = None
     """"cpu", "cuda", "cuda:1"; None: CUDA where there is one."""
+    engine_process: bool = False
+    """The engine runs in a process of its own, as `lopa serve` has it: it can crash, be stuck and run out of memory by itself."""
     threads: int | None = None
     """CPU threads for torch; None: torch's own choice."""
     native: bool = True
@@ -91,7 +93,8 @@ class ServerConfig:
     health_port: int | None = None
     """One more port, plain text, that answers liveness probes and nothing else; 0: any free one. For probes that speak no TLS."""
     step_seconds: float = 300.0
-    """A step of the engine that takes longer is stuck: its calls are answered, and the process ends to be started again."""
+    """A step of the engine that takes longer is stuck: its calls are answered, and the engine is ended and started again. Without a
+    process of its own it can't be ended: the whole process has to."""
     metrics_port: int | None = None
     """Port of the Prometheus metrics page; 0: any free one. None: no metrics."""
     metrics_host: str = "127.0.0.1"

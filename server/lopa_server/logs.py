@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Iterator
 from types import TracebackType
 
+from lopa_server.engine.base import EngineError
+
 LEVELS = ("debug", "info", "warning", "error")
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -31,7 +33,12 @@ class ContentFreeFormatter(logging.Formatter):
             record.exc_text = others
 
     def formatException(self, ei: tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]) -> str:
-        return "\n".join(_lines(ei[1])) if ei[1] is not None else ""
+        return trace_of(ei[1]) if ei[1] is not None else ""
+
+
+def trace_of(error: BaseException) -> str:
+    """Its trace and those of its causes, without their messages."""
+    return "\n".join(_lines(error))
 
 
 def _lines(error: BaseException) -> Iterator[str]:
@@ -40,6 +47,9 @@ def _lines(error: BaseException) -> Iterator[str]:
     if before is not None:
         yield from _lines(before)
         yield "which led to:"
+    if isinstance(error, EngineError) and error.trace:
+        yield error.trace
+        yield "which, in the server's process, led to:"
     yield "Traceback (most recent call last):"
     yield "".join(traceback.format_tb(error.__traceback__)).rstrip("\n")
     yield f"{type(error).__module__}.{type(error).__qualname__} (its message may hold what a client sent, and is left out)"

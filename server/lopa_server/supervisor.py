@@ -1,8 +1,9 @@
 """Keeps an engine alive: calls are answered, not hung, when it crashes or gets stuck, and a crashed one is built again.
 
-A thread that is stuck in a step can't be ended from inside its process, and the device that it computes on can't be trusted
-any more. So a stuck engine fails its calls and is given up: the process should end, and whoever started it (systemd, Kubernetes)
-starts it again. A crashed one has left its thread: it is loaded anew in place, a few times within some minutes at most.
+An engine that has crashed is loaded anew in place, a few times within some minutes at most. One that is stuck in a step is ended and
+then counts as crashed, if it has a process of its own. A thread that is stuck can't be ended from inside its process, and the
+device that it computes on can't be trusted any more: such an engine fails its calls and is given up. The process should end, and
+whoever started it (systemd, Kubernetes) starts it again.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from lopa_server import heap
 from lopa_server.bounds import Bounds, OutOfTime
 from lopa_server.engine.base import (
     Delta,
+    Engine,
     EngineRestarting,
     EngineSpec,
     EngineStats,
@@ -27,9 +28,6 @@ from lopa_server.engine.base import (
     PairRequest,
     PairResult,
 )
-
-if TYPE_CHECKING:
-    from lopa_server.engine.torch_engine.engine import TorchEngine
 
 log = logging.getLogger(__name__)
 
@@ -43,29 +41,49 @@ Report = Callable[[bool], Awaitable[None]]
 """Told False when the engine stops answering, True when it answers again."""
 
 
-async def _apart(load: Callable[[], TorchEngine]) -> TorchEngine:
-    """Load in a thread that ends with it.
+class ReplaceableEngine(Engine, Protocol):
+    """An engine as its supervisor needs it."""
 
-    A thread of a pool would live on with the OpenMP threads that torch gave it. With those of the engine's own thread there would be more
-    than cores, and OpenMP's threads would then sleep, and have to be woken, between any two operations of every step.
-    """
-    with ThreadPoolExecutor(1, thread_name_prefix="lopa-load") as executor:
-        return await asyncio.get_running_loop().run_in_executor(executor, load)
+    def start(self) -> None:
+        """On the loop that it is used on."""
+        ...
+
+    async def stop(self) -> None:
+        """End it; whoever still waits for an answer gets EngineStopped."""
+        ...
+
+    def ask_to_stop(self) -> None:
+        """As `stop`, without waiting."""
+        ...
+
+    def kill(self) -> bool:
+        """End it in the middle of a step. False: that can't be done."""
+        ...
+
+    async def wait_ended(self) -> None:
+        """Returns when it has ended, by `stop` or by itself."""
+        ...
+
+    def nudge(self) -> None:
+        """Have new stats published after the present step: an engine that doesn't is stuck."""
+        ...
 
 
 class SupervisedEngine:
     """The `Engine` protocol over an engine that may be replaced. Used on one asyncio loop."""
 
-    def __init__(self, load: Callable[[], TorchEngine], ready: Callable[[TorchEngine], Awaitable[None]], step_seconds: float) -> None:
+    def __init__(
+        self, load: Callable[[], Awaitable[ReplaceableEngine]], ready: Callable[[Engine], Awaitable[None]], step_seconds: float
+    ) -> None:
         """
         Args:
-            load: builds a fresh engine; blocks.
+            load: builds a fresh engine.
             ready: returns once a started engine has shown that it works, raises when it doesn't.
             step_seconds: a step that takes longer is stuck.
         """
         self._load, self._ready, self._step_seconds = load, ready, step_seconds
         self._report: Report | None = None
-        self._engine: TorchEngine | None = None
+        self._engine: ReplaceableEngine | None = None
         self._spec: EngineSpec | None = None
         self._stats = EngineStats()
         self._bounds = Bounds()
@@ -79,7 +97,7 @@ class SupervisedEngine:
 
     async def start(self, report: Report) -> None:
         """Load and start, then watch. Raises what `load` and `ready` raise."""
-        self._engine = await _apart(self._load)
+        self._engine = await self._load()
         self._engine.start()
         self._spec = self._engine.spec
         self._begin(self._watch_thread(self._engine))
@@ -102,11 +120,6 @@ class SupervisedEngine:
         if self._spec is None:
             raise EngineStopped("the engine has not been started")
         return self._spec
-
-    @property
-    def tokenizer(self) -> object:
-        """The FM's Hugging Face tokenizer."""
-        return self._running().tokenizer
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         async with contextlib.aclosing(self._running().generate(request)) as deltas:
@@ -138,7 +151,7 @@ class SupervisedEngine:
             self._stats = self._engine.stats()
         return self._stats
 
-    def _running(self) -> TorchEngine:
+    def _running(self) -> ReplaceableEngine:
         if self._engine is None:
             raise EngineStopped("the engine was stopped") if self._closing else EngineRestarting("the engine is being restarted")
         return self._engine
@@ -167,7 +180,7 @@ class SupervisedEngine:
             log.critical("the engine is not watched any more", exc_info=task.exception())
             self.gave_up.set()
 
-    async def _watch_thread(self, engine: TorchEngine) -> None:
+    async def _watch_thread(self, engine: ReplaceableEngine) -> None:
         """Build a new engine when this one's thread ends by itself."""
         await engine.wait_ended()
         if self._closing or self.stuck or self._report is None:
@@ -187,7 +200,7 @@ class SupervisedEngine:
         log.warning("the engine is running again")
         await self._report(True)
 
-    async def _restart(self) -> TorchEngine | None:
+    async def _restart(self) -> ReplaceableEngine | None:
         """A fresh engine that works, or None: there were too many restarts lately."""
         while not self._closing:
             now = time.monotonic()
@@ -203,9 +216,9 @@ class SupervisedEngine:
                 log.critical("the engine can't be restarted", exc_info=True)
         return None
 
-    async def _fresh(self) -> TorchEngine:
+    async def _fresh(self) -> ReplaceableEngine:
         """A started engine that has shown that it works; one that doesn't leaves no thread and no second model in memory."""
-        engine = await _apart(self._load)
+        engine = await self._load()
         engine.start()
         try:
             await self._ready(engine)
@@ -224,8 +237,12 @@ class SupervisedEngine:
                 seen, since = self.stats(), now
             if self._engine is not None:
                 self._engine.nudge()
-            if now - since > self._step_seconds:
-                self.stuck = True
+            if now - since > self._step_seconds and self._engine is not None:
+                if self._engine.kill():
+                    log.critical("a step has taken more than %.0f s: the engine is stuck, and was ended", self._step_seconds)
+                    since = now
+                else:
+                    self.stuck = True
         log.critical("a step has taken more than %.0f s: the engine is stuck, and given up", self._step_seconds)
         engine, self._engine = self._engine, None
         if engine is not None:

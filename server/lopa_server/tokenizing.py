@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from lopa_server.hub import resolve_folder
 
 
 class ChatError(ValueError):
@@ -15,8 +17,15 @@ class PromptTokenizer:
     """A Hugging Face tokenizer of its own, for one thread: encoding may change a tokenizer's settings in passing."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = copy.deepcopy(tokenizer)
+        self._tokenizer = tokenizer
         self._longest = max((len(token.encode()) for token in tokenizer.get_vocab()), default=1)
+
+    @classmethod
+    def load(cls, fm: str | Path) -> PromptTokenizer:
+        """Of a Hugging Face folder or id. Blocks. Raises FileNotFoundError, as `resolve_folder`."""
+        from transformers import AutoTokenizer
+
+        return cls(AutoTokenizer.from_pretrained(resolve_folder(fm), local_files_only=True))
 
     @property
     def has_chat(self) -> bool:

@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from lopa_server.config import ServerConfig
 from lopa_server.engine.base import Engine, GenerateRequest, InputSequence, PairRequest, SamplingParams
+from lopa_server.engine.process.engine import ProcessEngine
 from lopa_server.engine.scheduler import SchedulerLimits
+from lopa_server.engine.torch_engine.config import TorchEngineConfig
+from lopa_server.supervisor import ReplaceableEngine
+from lopa_server.threads import apart
 
-if TYPE_CHECKING:
-    from lopa_server.engine.torch_engine.engine import TorchEngine
 
-
-def load_engine(config: ServerConfig) -> TorchEngine:
-    """Load the model. Blocks; imports torch."""
-    from lopa_server.engine.torch_engine.config import TorchEngineConfig
-    from lopa_server.engine.torch_engine.engine import TorchEngine
-
-    return TorchEngine.load(
-        TorchEngineConfig(
-            fm=str(config.fm),
-            dtype=config.dtype,
-            device=config.device,
-            threads=config.threads,
-            native=config.native,
-            limits=SchedulerLimits(max_batch=config.max_batch, block_size=config.block_size, tenant_weights=config.tenant_weights()),
-            step_positions=config.step_positions,
-            kv_memory=None if config.kv_memory_mib is None else config.kv_memory_mib << 20,
-            max_waiting=config.max_waiting,
-            max_waiting_tokens=config.max_waiting_tokens,
-            max_waiting_pairs=config.max_waiting_pairs,
-        )
+async def load_engine(config: ServerConfig) -> ReplaceableEngine:
+    """Load the model, in the process that the configuration says."""
+    settings = TorchEngineConfig(
+        fm=str(config.fm),
+        dtype=config.dtype,
+        device=config.device,
+        threads=config.threads,
+        native=config.native,
+        limits=SchedulerLimits(max_batch=config.max_batch, block_size=config.block_size, tenant_weights=config.tenant_weights()),
+        step_positions=config.step_positions,
+        kv_memory=None if config.kv_memory_mib is None else config.kv_memory_mib << 20,
+        max_waiting=config.max_waiting,
+        max_waiting_tokens=config.max_waiting_tokens,
+        max_waiting_pairs=config.max_waiting_pairs,
     )
+    if config.engine_process:
+        return await ProcessEngine.load(settings)
+    return await apart(lambda: _torch_engine(settings))
+
+
+def _torch_engine(settings: TorchEngineConfig) -> ReplaceableEngine:
+    """Imports torch."""
+    from lopa_server.engine.torch_engine.engine import TorchEngine
+
+    return TorchEngine.load(settings)
 
 
 async def warm_up(engine: Engine) -> None:

@@ -74,7 +74,7 @@ def test_the_command_understands_its_options(where: str) -> None:
 
 @pytest.mark.parametrize("file", ["docs/operations.md", "SECURITY.md", "docs/observability.md"])
 def test_every_option_in_the_documentation_exists(file: str) -> None:
-    known = {name for parameter in COMMAND.params for name in parameter.opts}
+    known = {name for parameter in COMMAND.params for name in (*parameter.opts, *parameter.secondary_opts)}
     used = set(re.findall(r"(?<=`)--[a-z-]+", (ROOT / file).read_text(encoding="utf-8")))
     assert used and used <= known | {"--quick", "--only", "--share", "--once", "--cv"}
 

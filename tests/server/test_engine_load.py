@@ -80,7 +80,7 @@ class _Load:
     async def check_empty(self) -> None:
         """Nothing of any request is left anywhere, once the engine thread has taken the last aborts in."""
         await self.engine.score([pair(0)])
-        worker = self.engine._worker
+        worker = self.engine.intake.worker
         assert self.engine.stats().blocks_used == 0 == worker._scheduler.waiting == worker._scheduler.running
         assert not worker._streams and not worker._scheduler._known and not len(worker._sampler)
         table = worker._sampler._table

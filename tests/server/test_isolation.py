@@ -118,7 +118,7 @@ def test_a_step_that_raises_fails_its_own_requests_and_the_engine_goes_on(tiny_f
             faults.pop()
             raise RuntimeError("a fault from outside")
 
-    engine._fm.model.get_output_embeddings().register_forward_pre_hook(fail)
+    engine.intake.fm.model.get_output_embeddings().register_forward_pre_hook(fail)
 
     async def scenario(engine: TorchEngine) -> None:
         alone = [await collect(engine, dataclasses.replace(request, cache_salt=request.id.encode())) for request in requests]

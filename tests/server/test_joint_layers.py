@@ -76,5 +76,5 @@ def test_families_are_served_with_joint_layers(tmp_path: Path, family: str) -> N
         return len((await collect(engine, stream("a", 1))).tokens)
 
     engine = load(build_tiny_fm(tmp_path / family, family=family), dtype="bfloat16")
-    assert any(isinstance(module, JointPart) for module in engine._fm.model.modules())
+    assert any(isinstance(module, JointPart) for module in engine.intake.fm.model.modules())
     assert run(engine, answer)

@@ -37,7 +37,7 @@ GENERATE = "/lopa.v1.Inference/Generate"
 
 @pytest.fixture(scope="module")
 def observed(tiny_fm: Path) -> Iterator[RunningServer]:
-    with start_server(ServerConfig(fm=tiny_fm, threads=1, metrics_port=0)) as server:
+    with start_server(ServerConfig(fm=tiny_fm, threads=1, metrics_port=0, engine_process=True)) as server:
         yield server
 
 
@@ -110,9 +110,9 @@ def test_every_panel_asks_for_metrics_that_exist(observed: RunningServer, asking
 
 def test_every_counter_of_the_engine_is_shown_and_explained(observed: RunningServer) -> None:
     shown = {field for field, _ in (*GAUGES.values(), *COUNTERS.values())}
-    assert {field.name for field in dataclasses.fields(EngineStats)} - shown == {"seconds"}
+    assert {field.name for field in dataclasses.fields(EngineStats)} - shown == {"seconds", "pid"}
     samples = [name for name in page(observed).samples if name.startswith("lopa_") and not name.endswith("_created")]
-    names = {re.sub(r"_(bucket|sum|count)$", "", name) for name in samples}
+    names = {re.sub(r"_(bucket|sum|count)$|(?<=_process_).+", "", name) for name in samples}
     explained = set(re.findall(r"lopa_\w+", DOCS.read_text()))
     assert names <= explained
 

@@ -105,7 +105,7 @@ def test_few_scores_at_a_time_and_prefixes_without_a_mask_give_the_same(
 def test_layers_computed_twice_give_the_same_gradients_and_keep_less(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = load(build_tiny_fm(tmp_path, family=family, layers=6))
     placed = [PlacedPair(request) for request in _mixed_pairs()]
-    runner = engine._worker._runner
+    runner = engine.intake.worker._runner
 
     def measured() -> tuple[list[PairResult], int]:
         kept: dict[int, int] = {}
@@ -115,7 +115,7 @@ def test_layers_computed_twice_give_the_same_gradients_and_keep_less(family: str
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            return run_pairs(engine._fm, runner, PairKind.GRADIENTS, placed), sum(kept.values())
+            return run_pairs(engine.intake.fm, runner, PairKind.GRADIENTS, placed), sum(kept.values())
 
     (once, whole), _ = measured(), monkeypatch.setattr(checkpointing, "ACTIVATION_BYTES", 0)
     twice, part = measured()
@@ -134,11 +134,11 @@ def test_logits_of_a_few_targets_at_a_time_give_the_same(
     engine = load(build_tiny_fm(tmp_path, family=family))
     placed = [PlacedPair(request) for request in _mixed_pairs()]
     rows: list[int] = []
-    engine._fm.model.get_output_embeddings().register_forward_hook(lambda *call: rows.append(call[2].shape[:-1].numel()))
+    engine.intake.fm.model.get_output_embeddings().register_forward_hook(lambda *call: rows.append(call[2].shape[:-1].numel()))
 
     def measured() -> list[PairResult]:
         rows.clear()
-        return run_pairs(engine._fm, engine._worker._runner, kind, placed)
+        return run_pairs(engine.intake.fm, engine.intake.worker._runner, kind, placed)
 
     whole = measured()
     targets = sum(result.target_tokens for result in whole)
@@ -159,7 +159,7 @@ def test_bfloat16_gradients_point_where_float32_ones_do(tiny_fm: Path, most_scor
     pairs = _mixed_pairs()
     exact = run(load(tiny_fm), lambda engine: engine.prompt_gradients(pairs))
     engine = load(tiny_fm, dtype="bfloat16")
-    packed = any(isinstance(module, PackedLinear) for module in engine._fm.model.modules())
+    packed = any(isinstance(module, PackedLinear) for module in engine.intake.fm.model.modules())
     assert packed == can_pack(torch.device("cpu"), torch.bfloat16)
     rounded = run(engine, lambda engine: engine.prompt_gradients(pairs))
     for one, two in zip(exact, rounded, strict=True):

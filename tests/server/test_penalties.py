@@ -71,4 +71,4 @@ def test_successors_and_preempted_requests_keep_their_own_state(tiny_fm: Path, t
     engine = load(tiny_fm, max_batch=6, kv_positions=512)
     alone, together, preemptions = run(engine, scenario)
     assert [output.tokens for output in together] == [output.tokens for output in alone]
-    assert preemptions and len(engine._worker._sampler) == 0
+    assert preemptions and len(engine.intake.worker._sampler) == 0

@@ -33,6 +33,9 @@ class UnsupportedModel(ValueError):
 class EngineError(RuntimeError):
     """Anything that an engine reports instead of an answer."""
 
+    trace: str = ""
+    """Where it happened, when that was in another process; without the messages of exceptions."""
+
 
 class QueueFull(EngineError):
     """`queue` holds `waiting` entries and takes at most `limit`. `retry_after`: seconds until there should be room."""
@@ -277,6 +280,8 @@ class EngineStats:
     """Requests in all those passes together."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Time spent computing, by kind of step."""
+    pid: int = 0
+    """The engine's process; 0: it is in this one."""
 
 
 class Engine(Protocol):

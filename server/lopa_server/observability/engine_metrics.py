@@ -43,6 +43,11 @@ COUNTERS = {
 """Metric to the field of EngineStats and its help; `lopa_` goes before the names, `_total` after the counters'."""
 
 
+def engine_pid(engine: Engine | None) -> int:
+    """Of the engine's own process; 0, which no process has, when there is none."""
+    return engine.stats().pid if engine is not None else 0
+
+
 class EngineCollector(Collector):
     """Reads `Engine.stats` once per scrape; says nothing while there is no engine."""
 

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 from prometheus_client.process_collector import ProcessCollector
 
 from lopa_server.engine.base import Engine
-from lopa_server.observability.engine_metrics import EngineCollector
+from lopa_server.observability.engine_metrics import EngineCollector, engine_pid
 
 CALL_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 FIRST_TOKEN_SECONDS = (0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40)
@@ -42,6 +42,7 @@ class Metrics:
     def watch(self, engine: Callable[[], Engine | None]) -> None:
         """Show an engine's counters too, from the moment that there is one."""
         self.registry.register(EngineCollector(engine))
+        ProcessCollector("lopa_engine", lambda: engine_pid(engine()), registry=self.registry)
 
 
 class MetricsPage:

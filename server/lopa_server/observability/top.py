@@ -19,6 +19,8 @@ from lopa_server.observability.samples import NoMetrics, Reading, fetch, quantil
 
 WINDOW = 30
 """Readings that rates and quantiles look back over."""
+RESIDENT = ("process_resident_memory_bytes", "lopa_engine_process_resident_memory_bytes")
+"""Of the server, and of its engine where that has a process of its own."""
 SPARKS = " ▁▂▃▄▅▆▇█"
 
 
@@ -108,7 +110,7 @@ def _cache(before: Reading, now: Reading) -> Panel:
             ("wasted in use", f"{100 * (1 - now.total('lopa_kv_positions') / capacity):.1f} %" if capacity else "-"),
             ("prefix hits", f"{100 * hits / (hits + computed):.0f} %" if hits + computed else "-"),
             ("preemptions", f"{now.total('lopa_preemptions_total'):.0f}"),
-            ("memory", f"{now.total('process_resident_memory_bytes') / 2**20:.0f} MiB"),
+            ("memory", f"{sum(map(now.total, RESIDENT)) / 2**20:.0f} MiB"),
         ],
     )
 

@@ -1,1 +1,1 @@
-"""TorchEngine: any Hugging Face causal language model, on CPU or CUDA. Importing a module of this package imports torch."""
+"""TorchEngine: any Hugging Face causal language model, on CPU or CUDA. All of it but `config` imports torch."""

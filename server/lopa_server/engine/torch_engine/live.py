@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TypeAlias, TypeVar
 
 import numpy as np
 
 from lopa_server.engine.base import Delta, EngineFailed, Finish, GenerateRequest, InputSequence, PairRequest, PairResult
 from lopa_server.engine.content import CacheScope, Content
+from lopa_server.engine.mailbox import Receiver
 from lopa_server.engine.pair_queue import PairCost, PairKind
 from lopa_server.engine.sequences import SequenceState
 from lopa_server.engine.text import Decode, TextStream
@@ -20,59 +19,16 @@ from lopa_server.engine.torch_engine.sampling import Choice
 
 MOST_MASKED = 1 << 28
 """Entries of a pair's mask behind its prefix, some nine bytes each while it is made. A pair that is computed whole needs none."""
-Event: TypeAlias = Delta | list[PairResult] | Exception
-Kind = TypeVar("Kind", Delta, list[PairResult])
-
-
-class Mailbox:
-    """Where a request's events arrive on the asyncio side. `put` is called on the loop's own thread."""
-
-    def __init__(self) -> None:
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-
-    def put(self, event: Event) -> None:
-        self._events.put_nowait(event)
-
-    async def delta(self) -> Delta:
-        """A stream's next delta; those that have piled up come as one.
-
-        Raises:
-            EngineError: what the engine reported instead.
-        """
-        delta = _of_kind(Delta, await self._events.get())
-        while delta.finish is None and not self._events.empty():
-            delta = _joined(delta, _of_kind(Delta, self._events.get_nowait()))
-        return delta
-
-    async def results(self) -> list[PairResult]:
-        """A call's results.
-
-        Raises:
-            EngineError: what the engine reported instead.
-        """
-        return _of_kind(list, await self._events.get())
-
-
-def _of_kind(kind: type[Kind], event: Event) -> Kind:
-    if isinstance(event, Exception):
-        raise event
-    if not isinstance(event, kind):
-        raise EngineFailed("events of two kinds in one mailbox")
-    return event
-
-
-def _joined(first: Delta, second: Delta) -> Delta:
-    return Delta(first.text + second.text, first.token_ids + second.token_ids, first.logprobs + second.logprobs, second.finish)
 
 
 class LiveStream:
     """A generate request from its first token to its last."""
 
     def __init__(
-        self, request: GenerateRequest, mailbox: Mailbox, decode: Decode, end_ids: Sequence[int], constraint: Constraint | None = None
+        self, request: GenerateRequest, receiver: Receiver, decode: Decode, end_ids: Sequence[int], constraint: Constraint | None = None
     ) -> None:
         self.request = request
-        self.mailbox = mailbox
+        self.receiver = receiver
         self.constraint = constraint
         self.sampled = False
         """The sampler knows it."""
@@ -119,7 +75,7 @@ class LiveJob:
     id: str
     kind: PairKind
     pairs: Sequence[PairRequest]
-    mailbox: Mailbox
+    receiver: Receiver
     results: dict[int, PairResult] = dataclasses.field(default_factory=dict)
     costs: list[PairCost] = dataclasses.field(default_factory=list)
     """What the scheduler knows of its pairs."""

@@ -17,6 +17,7 @@ from lopa_server.engine.text import Decode
 from lopa_server.engine.torch_engine import attention, packed
 from lopa_server.engine.torch_engine.fused import Fusions
 from lopa_server.engine.torch_engine.native.kernels import Kernels, find_kernels
+from lopa_server.hub import resolve_folder
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -97,25 +98,6 @@ class FoundationModel:
             self.model.set_attn_implementation(attention.NAME)
             if self.fusions is not None:
                 self.fusions.on()
-
-
-def resolve_folder(fm: str | Path) -> Path:
-    """The folder of a Hugging Face id or path; an id is looked up in the local cache and downloaded when missing.
-
-    Raises:
-        FileNotFoundError: neither a folder nor an id that can be fetched.
-    """
-    folder = Path(fm)
-    if (folder / "config.json").is_file():
-        return folder
-    if folder.exists():
-        raise FileNotFoundError(f"{folder} has no config.json: it is not a Hugging Face model folder")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(fm), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"{fm} is neither a model folder nor a Hugging Face id that can be fetched: {error}") from error
 
 
 def load_foundation_model(fm: str | Path, *, dtype: str | None = None, device: str | None = None, native: bool = True) -> FoundationModel:

@@ -1,11 +1,10 @@
 """The engine thread: takes requests in between steps, asks the scheduler what to compute, computes it, reports.
 
-All torch work happens here. The asyncio side talks to it through `send`; it answers through each request's mailbox.
+All torch work happens here. The asyncio side talks to it through `send`; it answers each request's receiver.
 """
 
 from __future__ import annotations
 
-import asyncio
 import collections
 import contextlib
 import logging
@@ -20,12 +19,13 @@ import torch
 
 from lopa_server.engine.base import EngineError, EngineFailed, EngineStats, EngineStopped
 from lopa_server.engine.content import CacheScope
+from lopa_server.engine.mailbox import Event, Receiver
 from lopa_server.engine.pair_queue import PairRow, PairStep
 from lopa_server.engine.scheduler import Scheduler, SchedulerLimits, Step, TokenStep
 from lopa_server.engine.sequences import SequenceState
 from lopa_server.engine.torch_engine.interruption import Interruptions
 from lopa_server.engine.torch_engine.layout import Piece
-from lopa_server.engine.torch_engine.live import Event, LiveJob, LiveStream, Mailbox
+from lopa_server.engine.torch_engine.live import LiveJob, LiveStream
 from lopa_server.engine.torch_engine.loader import FoundationModel
 from lopa_server.engine.torch_engine.pairs import PlacedPair, run_pairs
 from lopa_server.engine.torch_engine.runner import ModelRunner
@@ -48,6 +48,8 @@ class Stop:
 
 S = TypeVar("S", TokenStep, PairStep)
 Command: TypeAlias = LiveStream | LiveJob | Abort | Stop
+Deliver: TypeAlias = Callable[[Sequence[tuple[Receiver, Event]], EngineStats], None]
+"""Gets a step's events, often none, and the stats after it. Called on the engine thread, and should take no time."""
 
 
 class Worker:
@@ -64,7 +66,7 @@ class Worker:
         self._streams: dict[str, LiveStream] = {}
         self._jobs: dict[str, LiveJob] = {}
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._outbox: list[tuple[Mailbox, Event]] = []
+        self._outbox: list[tuple[Receiver, Event]] = []
         self._counts: collections.Counter[str] = collections.Counter()
         self._seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
         self._stats = EngineStats()
@@ -72,14 +74,14 @@ class Worker:
         self._interruptible = fm.device.type == "cpu"
         """On a GPU a part is over when it is queued, not when it is computed."""
         self._stopping = False
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._deliver: Deliver = _to_nobody
         self._ending = threading.Lock()
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="lopa-engine", daemon=True)
 
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Events arrive on this loop."""
-        self._loop = loop
+    def start(self, deliver: Deliver) -> None:
+        """deliver: gets everything from now on; again before the thread waits for something to do."""
+        self._deliver = deliver
         self._thread.start()
 
     def send(self, command: Command) -> None:
@@ -135,10 +137,10 @@ class Worker:
         while not self._inbox.empty():
             command = self._inbox.get()
             if isinstance(command, LiveStream | LiveJob):
-                self._outbox.append((command.mailbox, EngineStopped("the engine was stopped")))
+                self._outbox.append((command.receiver, EngineStopped("the engine was stopped")))
         owners: list[LiveStream | LiveJob] = [*self._streams.values(), *self._jobs.values()]
         for owner in owners:
-            self._outbox.append((owner.mailbox, EngineStopped("the engine was stopped")))
+            self._outbox.append((owner.receiver, EngineStopped("the engine was stopped")))
         self._flush()
 
     def _work(self) -> None:
@@ -185,6 +187,8 @@ class Worker:
     def _take_in(self, *, wait: bool) -> bool:
         """Handle all commands that have arrived; wait: for one at least. False: stop."""
         self._publish()
+        if wait:
+            self._flush()
         while not self._stopping:
             try:
                 command = self._inbox.get(block=wait)
@@ -242,7 +246,7 @@ class Worker:
         if not isinstance(error, EngineError):
             failure = EngineFailed(f"{type(error).__name__}: {error}")
             failure.__cause__ = error
-        self._outbox.append((owner.mailbox, failure))
+        self._outbox.append((owner.receiver, failure))
         self._counts["failed"] += 1
         self._forget(name, reliable=False)
 
@@ -277,7 +281,7 @@ class Worker:
                 self._fail(sequence.id, error)
                 continue
             self._counts["generated_tokens"] += 1
-            self._outbox.append((stream.mailbox, delta))
+            self._outbox.append((stream.receiver, delta))
             if delta.finish is None:
                 sequence.content.append(choice.token_id)
             else:
@@ -305,7 +309,7 @@ class Worker:
                 self._fail(job.id, error)
                 continue
             if complete is not None:
-                self._outbox.append((job.mailbox, complete))
+                self._outbox.append((job.receiver, complete))
                 self._forget(job.id)
 
     def _placed(self, row: PairRow) -> PlacedPair:
@@ -313,15 +317,13 @@ class Worker:
         return PlacedPair(job.pairs[row.index], row.prefix, row.cached, row.table, job.costs[row.index].content)
 
     def _flush(self) -> None:
-        """Send a step's events to the asyncio side in one go."""
+        """Send a step's events on in one go."""
         events, self._outbox = self._outbox, []
-        if events and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(_deliver, events)
+        self._deliver(events, self._stats)
 
 
-def _deliver(events: list[tuple[Mailbox, Event]]) -> None:
-    for mailbox, event in events:
-        mailbox.put(event)
+def _to_nobody(*_: object) -> None:
+    """Before the start nothing is said."""
 
 
 def out_of_memory(error: Exception) -> bool:
