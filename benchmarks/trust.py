@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from report import write
@@ -95,26 +95,31 @@ def fuzz(folder: Path, size: Size) -> Figures:
 
 def overloaded(folder: Path, size: Size) -> Figures:
     with running(folder, "--threads", "1", "--max-batch", str(BATCH), "--max-waiting", str(2 * BATCH)) as server:
-        result = overload(server, BATCH, size.overload_seconds)
-    patient, impatient = result.patient.clients, result.impatient.clients
-    for name, phase in (("peak", result.peaks[0]), ("patient", result.patient), ("impatient", result.impatient), ("peak", result.peaks[1])):
-        print(f"  {name}: {phase.clients.rate:.0f} tokens/s, refusals {dict(phase.clients.refusals)}, p99 {phase.clients.p99():.3f} s")
-        print(f"    CPU: server {phase.server_cpu:.2f} cores, the clients' part {phase.generator_share:.0%}")
+        turns = overload(server, BATCH, size.overload_seconds)
+    for name, phases in turns.items():
+        for phase in phases:
+            print(f"  {name}: {phase.clients.rate:.0f} tokens/s, refusals {dict(phase.clients.refusals)}, p99 {phase.clients.p99():.3f} s")
+            print(f"    CPU: server {phase.server_cpu:.2f} cores, the clients' part {phase.generator_share:.0%}")
+    rates = {name: [phase.clients.rate for phase in phases] for name, phases in turns.items()}
+    rate = {name: fmean(values) for name, values in rates.items()}
+    per_cpu = {name: fmean(phase.tokens_per_cpu_second for phase in phases) for name, phases in turns.items()}
+    refusals = {name: sum(sum(phase.clients.refusals.values()) for phase in phases) for name, phases in turns.items()}
+    first = {name: p99([seconds for phase in phases for seconds in phase.clients.first]) for name, phases in turns.items()}
     return {
-        "peak_tokens_per_second": result.peak_rate,
-        "peak_clients": result.peaks[0].demand.clients,
-        "peak_p99_ttft_ms": 1000 * max(peak.clients.p99() for peak in result.peaks),
-        "overload_goodput": patient.rate / result.peak_rate,
-        "overload_goodput_impatient": impatient.rate / result.peak_rate,
-        "overload_goodput_per_server_cpu": result.patient.tokens_per_cpu_second / result.peak_rate_per_cpu,
-        "overload_goodput_impatient_per_server_cpu": result.impatient.tokens_per_cpu_second / result.peak_rate_per_cpu,
-        "overload_refusals": sum(patient.refusals.values()),
-        "overload_refusals_impatient": sum(impatient.refusals.values()),
-        "overload_refusal_cpu_ms": 1000 * result.impatient.refusal_cpu_seconds(result.peak_rate_per_cpu),
-        "overload_unhelpful_refusals": patient.unhelpful + impatient.unhelpful,
-        "overload_p99_ttft_ms": 1000 * patient.p99(),
-        "overload_p99_ttft_impatient_ms": 1000 * impatient.p99(),
-        "overload_generator_cpu_share": max(phase.generator_share for phase in (*result.peaks, result.patient, result.impatient)),
+        "peak_tokens_per_second": rate["peak"],
+        "peak_p99_ttft_ms": 1000 * first["peak"],
+        "overload_goodput": rate["patient"] / rate["peak"],
+        "overload_goodput_lowest_turn": min(one / peak for one, peak in zip(*(rates[name] for name in ("patient", "peak")), strict=True)),
+        "overload_goodput_impatient": rate["impatient"] / rate["peak"],
+        "overload_goodput_per_server_cpu": per_cpu["patient"] / per_cpu["peak"],
+        "overload_goodput_impatient_per_server_cpu": per_cpu["impatient"] / per_cpu["peak"],
+        "overload_refusals": refusals["patient"],
+        "overload_refusals_impatient": refusals["impatient"],
+        "overload_refusal_cpu_ms": 1000 * fmean(phase.refusal_cpu_seconds(per_cpu["peak"]) for phase in turns["impatient"]),
+        "overload_unhelpful_refusals": sum(phase.clients.unhelpful for phases in turns.values() for phase in phases),
+        "overload_p99_ttft_ms": 1000 * first["patient"],
+        "overload_p99_ttft_impatient_ms": 1000 * first["impatient"],
+        "overload_generator_cpu_share": max(phase.generator_share for phases in turns.values() for phase in phases),
     }
 
 

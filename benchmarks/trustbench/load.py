@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from statistics import fmean
 
 from trustbench.clients import Clients, Demand, Result, run_for
 from trustbench.server import Server
@@ -13,16 +12,16 @@ TIMES = 10
 """Capacity."""
 WARM_UP = 3.0
 ROUNDS = 4
-CROWDS = (1, 2)
-"""Clients at capacity, as multiples of the batch: so many that nobody is refused. Which of them finishes most is tried: with more
-than places, the batch stays full while a client sends its next request."""
+TURN = 60.0
+"""Seconds of one kind of demand, before it is another's turn."""
+CROWD = 2
+"""Clients at capacity, for each place in the batch."""
 
 
 @dataclass(frozen=True)
 class Measured:
     """Some seconds of one demand."""
 
-    demand: Demand
     clients: Result
     server_cpu: float
     """Seconds of CPU that the server took a second."""
@@ -50,43 +49,27 @@ def measured(server: Server, demand: Demand, seconds: float) -> Measured:
     result = run_for(server, demand, seconds)
     used = (server.cpu_seconds() - before) / (time.monotonic() - started)
     server.wait_idle()
-    return Measured(demand, result, used)
+    return Measured(result, used)
 
 
-@dataclass(frozen=True)
-class Overload:
-    """What was finished at capacity, and beyond it."""
+def overload(server: Server, batch: int, seconds: float) -> dict[str, list[Measured]]:
+    """In turns of a minute at most, since a machine with neighbours is not the same from one minute to the next; `seconds` of each kind
+    beyond capacity, half as many at it:
 
-    peaks: list[Measured]
-    """Before and after, with the number of clients that finished most in both together."""
-    patient: Measured
-    impatient: Measured
-
-    @property
-    def peak_rate(self) -> float:
-        """Tokens a second: the machine is not the same from one minute to the next, so the mean of before and after."""
-        return fmean(peak.clients.rate for peak in self.peaks)
-
-    @property
-    def peak_rate_per_cpu(self) -> float:
-        """Tokens per second of the server's CPU."""
-        return fmean(peak.tokens_per_cpu_second for peak in self.peaks)
-
-
-def overload(server: Server, batch: int, seconds: float) -> Overload:
-    """At capacity, with the number of patient clients that finish most. With ten times as many as the batch has rows. With ten times as
-    many streams a second as were finished at capacity, of clients who never wait and never come back. At capacity again."""
-    before = _at_capacity(server, batch, seconds)
-    patient = measured(server, Demand(clients=TIMES * batch, warm_up=WARM_UP), seconds)
-    per_second = TIMES * max(peak.clients.finished / peak.clients.seconds for peak in before)
-    impatient = measured(server, Demand(clients=0, per_second=per_second, warm_up=WARM_UP), seconds)
-    rounds = zip(before, _at_capacity(server, batch, seconds), strict=True)
-    return Overload(list(max(rounds, key=lambda peaks: sum(peak.clients.rate for peak in peaks))), patient, impatient)
-
-
-def _at_capacity(server: Server, batch: int, seconds: float) -> list[Measured]:
-    """By number of clients, in a third of the time of one phase."""
-    return [measured(server, Demand(clients=crowd * batch, warm_up=WARM_UP), seconds / 3 / len(CROWDS)) for crowd in CROWDS]
+    - "peak": CROWD patient clients for each place in the batch: nobody is refused, and the batch stays full while a client sends its
+      next request;
+    - "patient": TIMES as many patient clients as places;
+    - "impatient": TIMES as many streams a second as the peak finished just before, of clients who never wait and never come back.
+    """
+    rounds = max(1, round(seconds / TURN))
+    turn, turns = seconds / rounds, {name: list[Measured]() for name in ("peak", "patient", "impatient")}
+    for _ in range(rounds):
+        peak = measured(server, Demand(clients=CROWD * batch, warm_up=WARM_UP), turn / 2)
+        per_second = TIMES * peak.clients.finished / peak.clients.seconds
+        turns["peak"].append(peak)
+        turns["patient"].append(measured(server, Demand(clients=TIMES * batch, warm_up=WARM_UP), turn))
+        turns["impatient"].append(measured(server, Demand(clients=0, per_second=per_second, warm_up=WARM_UP), turn))
+    return turns
 
 
 def light_tenant(server: Server, streams: int, flood: int) -> tuple[list[float], list[float]]:
