@@ -165,11 +165,12 @@ class ServerApp:
     async def _load(self) -> None:
         bundles = await asyncio.to_thread(open_bundles, self._config)
         engine = SupervisedEngine(lambda: warmup.load_engine(self._config), warmup.warm_up, self._config.step_seconds)
+        tokenizing = asyncio.create_task(asyncio.to_thread(PromptTokenizer.load, self._config.fm))
         try:
-            _, tokenizer = await asyncio.gather(
-                engine.start(self._engine_answers), asyncio.to_thread(PromptTokenizer.load, self._config.fm)
-            )
+            await engine.start(self._engine_answers)
+            tokenizer = await tokenizing
         except BaseException:
+            await asyncio.gather(tokenizing, return_exceptions=True)
             await engine.stop()
             raise
         self.engine = engine

@@ -16,7 +16,7 @@ from lopa.noise import ClipAndNoise
 
 from lopa_server import heap
 from lopa_server.config import ConfigError, ServerConfig
-from lopa_server.engine.base import UnsupportedModel
+from lopa_server.engine.base import EngineError, UnsupportedModel
 from lopa_server.identity.config import AccessConfig
 from lopa_server.keeper import EXIT_BROKEN, keep_running
 from lopa_server.limits import ServiceLimits, TrafficLimits
@@ -157,7 +157,7 @@ def _run(config: ServerConfig, problems: list[str]) -> None:
         for problem in problems[:-1]:
             typer.echo(f"lopa: {problem}", err=True)
         fail(problems[-1])
-    except (UnsupportedModel, OSError) as error:
+    except (UnsupportedModel, EngineError, OSError) as error:
         fail(str(error))
 
 

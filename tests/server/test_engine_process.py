@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -203,6 +204,14 @@ def test_a_process_that_dies_while_it_loads_is_reported(tiny_fm: Path, monkeypat
     monkeypatch.setenv("PYTHONHOME", "/nowhere")
     with pytest.raises(ChildProcessError, match="exit code 1"):
         start_server(ServerConfig(fm=tiny_fm, engine_process=True))
+
+
+def test_a_broken_model_is_reported_in_its_own_words(tiny_fm: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_fm, broken)
+    (broken / "model.safetensors").write_bytes(b"\x00" * 64)
+    with pytest.raises(ChildProcessError, match="can't be loaded: SafetensorError"):
+        start_server(ServerConfig(fm=broken, engine_process=True))
 
 
 def _run(fm: Path, scenario: Callable[[ProcessEngine], Awaitable[T]]) -> T:

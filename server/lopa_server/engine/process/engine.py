@@ -38,13 +38,13 @@ class ProcessEngine(EngineFront):
 
         Raises:
             ConfigError, FileNotFoundError, UnsupportedModel: as `TorchEngine.load`.
-            ChildProcessError: the process ended; its log may say why.
+            ChildProcessError: it failed in another way, or was ended.
         """
         ours, theirs = socket.socketpair()
         with theirs:
             process = _start(theirs)
         try:
-            reader, stream = await asyncio.open_unix_connection(sock=ours)
+            reader, stream = await asyncio.open_unix_connection(sock=ours, limit=wire.READ_AHEAD)
             writer = wire.MessageWriter(stream)
             writer.write(wire.Begin(config, logging.getLogger().getEffectiveLevel()))
             greeting = await wire.MessageReader[wire.Loaded | wire.NotLoaded](reader, wire.Loaded | wire.NotLoaded).next()
@@ -125,6 +125,8 @@ class Link:
                 for event in report.events:
                     self._hand_out(event)
                 self._stats = dataclasses.replace(report.stats, pid=self._pid)
+        except Exception:
+            log.critical("what the engine's process says can't be understood", exc_info=True)
         finally:
             self._ended = True
             self._writer.close()

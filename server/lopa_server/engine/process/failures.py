@@ -8,8 +8,8 @@ from lopa_server.engine.process.wire import Failed, NotLoaded
 from lopa_server.logs import trace_of
 
 KINDS: dict[str, type[EngineError]] = {kind.__name__: kind for kind in (UnsupportedSchema, QueueFull, EngineStopped, EngineFailed)}
-NOT_LOADED: dict[str, type[Exception]] = {kind.__name__: kind for kind in (ConfigError, UnsupportedModel, FileNotFoundError)}
-"""What an operator can do something about. Anything else ends the process, and its log says why."""
+NOT_LOADED: dict[str, type[Exception]] = {kind.__name__: kind for kind in (ConfigError, UnsupportedModel, FileNotFoundError, OSError)}
+"""What an operator can do something about. Anything else is a ChildProcessError, with its trace in the log."""
 
 
 def failed(name: str, error: Exception) -> Failed:
@@ -31,10 +31,11 @@ def error_of(failed: Failed) -> EngineError:
 
 
 def not_loaded(error: Exception) -> NotLoaded:
-    """The message for one of NOT_LOADED."""
-    return NotLoaded(next(name for name, kind in NOT_LOADED.items() if isinstance(error, kind)), str(error))
+    """The message for an engine that can't start. No client has said anything yet: the error's own words may go along."""
+    known = next((name for name, kind in NOT_LOADED.items() if isinstance(error, kind)), "")
+    return NotLoaded(known, str(error) if known else f"the engine can't be loaded: {type(error).__name__}: {error}")
 
 
 def load_error_of(message: NotLoaded) -> Exception:
     """The error of a message."""
-    return NOT_LOADED[message.kind](message.message)
+    return NOT_LOADED.get(message.kind, ChildProcessError)(message.message)

@@ -18,7 +18,7 @@ from lopa_server import heap
 from lopa_server.engine.base import EngineFailed, EngineStats
 from lopa_server.engine.mailbox import Event, Receiver
 from lopa_server.engine.process import wire
-from lopa_server.engine.process.failures import NOT_LOADED, failed, not_loaded
+from lopa_server.engine.process.failures import failed, not_loaded
 from lopa_server.engine.torch_engine.intake import Intake
 from lopa_server.logs import log_to_stderr
 from lopa_server.threads import apart
@@ -43,17 +43,29 @@ class Host:
     def __init__(self, reader: asyncio.StreamReader, writer: wire.MessageWriter) -> None:
         self._commands = wire.MessageReader[wire.Command](reader, wire.Command)
         self._writer = writer
+        self._unreported = asyncio.get_running_loop().create_future()
+        """Fails when an event could not be told: whoever waits for it would wait for ever."""
+        self._obeying = asyncio.create_task(self._obey())
+        """Is over when the server has ended."""
         self.intake: Intake
         """Set before the server hears that it may send commands."""
 
-    async def serve(self, load: Callable[[], Intake]) -> None:
-        """Until the server or the engine thread has ended. Raises what `load` raises."""
-        obeying = asyncio.create_task(self._obey())
+    async def load(self, load: Callable[[], Intake]) -> bool:
+        """False: the server has ended meanwhile. Raises what `load` raises."""
         loading = asyncio.create_task(apart(load))
-        await asyncio.wait({obeying, loading}, return_when=asyncio.FIRST_COMPLETED)
-        if obeying.done():
-            return
-        self.intake, loop = loading.result(), asyncio.get_running_loop()
+        await asyncio.wait({self._obeying, loading}, return_when=asyncio.FIRST_COMPLETED)
+        if self._obeying.done():
+            return False
+        self.intake = loading.result()
+        return True
+
+    async def run(self) -> None:
+        """Until the server has ended.
+
+        Raises:
+            EngineFailed: the engine thread has died.
+        """
+        loop = asyncio.get_running_loop()
 
         def deliver(events: Sequence[tuple[Receiver, Event]], stats: EngineStats) -> None:
             loop.call_soon_threadsafe(self.report, events, stats)
@@ -62,14 +74,18 @@ class Host:
         self._writer.write(wire.Loaded(self.intake.spec))
         self.intake.start(deliver)
         ending = asyncio.create_task(asyncio.to_thread(self.intake.worker.join))
-        await asyncio.wait({obeying, ending}, return_when=asyncio.FIRST_COMPLETED)
-        if not obeying.done():
+        await asyncio.wait({self._obeying, self._unreported, ending}, return_when=asyncio.FIRST_COMPLETED)
+        if ending.done():
             raise EngineFailed("the engine thread has died")
-        obeying.result()
+        await (self._unreported if self._unreported.done() else self._obeying)
 
     def report(self, events: Sequence[tuple[Receiver, Event]], stats: EngineStats) -> None:
         """On the loop."""
-        self._writer.write(wire.Report([_message(receiver, event) for receiver, event in events], stats))
+        try:
+            self._writer.write(wire.Report([_message(receiver, event) for receiver, event in events], stats))
+        except Exception as error:
+            if not self._unreported.done():
+                self._unreported.set_exception(error)
 
     async def _obey(self) -> None:
         while (command := await self._commands.next()) is not None:
@@ -91,17 +107,23 @@ def _message(receiver: Receiver, event: Event) -> wire.Event:
 
 async def serve(connection: socket.socket) -> None:
     """What this process is for."""
-    reader, stream = await asyncio.open_unix_connection(sock=connection)
+    reader, stream = await asyncio.open_unix_connection(sock=connection, limit=wire.READ_AHEAD)
     writer = wire.MessageWriter(stream)
     begin = await wire.MessageReader[wire.Begin](reader, wire.Begin).next()
     if begin is None:
         return
     log_to_stderr(logging.getLevelName(begin.log_level))
+    host = Host(reader, writer)
     try:
-        await Host(reader, writer).serve(lambda: Intake.load(begin.config))
-    except tuple(NOT_LOADED.values()) as error:
-        writer.write(not_loaded(error))
+        if not await host.load(lambda: Intake.load(begin.config)):
+            return
+    except Exception as error:
+        writer.write(message := not_loaded(error))
         await writer.flush()
+        if not message.kind:
+            raise
+        return
+    await host.run()
 
 
 async def main(connection: socket.socket) -> None:

@@ -17,6 +17,8 @@ from lopa_server.engine.pair_queue import PairKind
 from lopa_server.engine.torch_engine.config import TorchEngineConfig
 
 LENGTH = struct.Struct("<I")
+READ_AHEAD = 1 << 20
+"""Bytes that either side takes in before it looks at them: soft prompts and gradients of a call are megabytes."""
 
 
 class Begin(msgspec.Struct, array_like=True):
@@ -56,7 +58,7 @@ class Loaded(msgspec.Struct, array_like=True, tag=1):
 
 
 class NotLoaded(msgspec.Struct, array_like=True, tag=2):
-    """The same when it can't. kind: see `failures.NOT_LOADED`."""
+    """The same when it can't. kind: one of `failures.NOT_LOADED`, empty for anything else."""
 
     kind: str
     message: str
