@@ -146,15 +146,15 @@ def _paused(error: grpc.RpcError) -> bool:
 
 @contextmanager
 def stopped_now_and_then(server: Server, times: int) -> Iterator[list[float]]:
-    """Inside: the server's process is stopped so often and goes on after a while, as when a container is frozen. Gives their seconds."""
+    """Inside: server and engine are stopped so often and go on after a while, as when a container is frozen. Gives their seconds."""
     over, made = threading.Event(), list[float]()
 
     def run() -> None:
         while len(made) < times and not over.wait(BETWEEN_STOPS):
-            server.process.send_signal(signal.SIGSTOP)
+            server.send(signal.SIGSTOP)
             if not over.wait(STOP_SECONDS):
                 made.append(STOP_SECONDS)
-            server.process.send_signal(signal.SIGCONT)
+            server.send(signal.SIGCONT)
 
     with beside(run, over):
         yield made

@@ -45,6 +45,11 @@ class Server:
         """private: a connection of its own."""
         return grpc.insecure_channel(self.address, [("grpc.use_local_subchannel_pool", int(private))])
 
+    def send(self, number: signal.Signals) -> None:
+        """To the server and its engine."""
+        for pid in family.family(self.process.pid):
+            os.kill(pid, number)
+
     def resident_bytes(self) -> int:
         return family.resident_bytes(self.process.pid)
 

@@ -43,9 +43,9 @@ class ProcessEngine(EngineFront):
         ours, theirs = socket.socketpair()
         with theirs:
             process = _start(theirs)
+        reader, stream = await asyncio.open_unix_connection(sock=ours, limit=wire.READ_AHEAD)
+        writer = wire.MessageWriter(stream)
         try:
-            reader, stream = await asyncio.open_unix_connection(sock=ours, limit=wire.READ_AHEAD)
-            writer = wire.MessageWriter(stream)
             writer.write(wire.Begin(config, logging.getLogger().getEffectiveLevel()))
             greeting = await wire.MessageReader[wire.Loaded | wire.NotLoaded](reader, wire.Loaded | wire.NotLoaded).next()
             if greeting is None:
@@ -53,16 +53,11 @@ class ProcessEngine(EngineFront):
             if isinstance(greeting, wire.NotLoaded):
                 raise load_error_of(greeting)
         except BaseException:
+            writer.close()
             process.kill()
             await _end_of(process)
-            ours.close()
             raise
         return cls(greeting.spec, Link(reader, writer, process.pid), process, config)
-
-    @property
-    def pid(self) -> int:
-        """Of the process."""
-        return self._process.pid
 
     def start(self) -> None:
         """It has started already."""
