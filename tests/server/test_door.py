@@ -24,7 +24,7 @@ from lopa_server.metering.usage import UsageRecorder
 from lopa_server.service import door
 from lopa_server.service.gate import Gate, State
 
-from tests.server.client import Client, failure, take_apart
+from tests.server.client import Client, failure, generate_request, take_apart
 
 GET_MODEL = catalog_pb2.GetModelRequest()
 GENERATE = "/lopa.v1.Inference/Generate"
@@ -101,6 +101,22 @@ def test_bytes_that_are_no_message_get_a_typed_error_from_every_service(server: 
         for path in ("/grpc.health.v1.Health/Watch", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"):
             told = failure(lambda path=path: next(channel.stream_stream(path)(iter([b"\xff"]))))
             assert (told.reason, told.limit) == ("MALFORMED_REQUEST", path)
+
+
+def test_a_refusal_that_is_not_read_in_time_ends_the_call_once(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after a stop of the whole process: nothing may take it for a fault, or refuse again."""
+    monkeypatch.setattr("lopa_server.service.status.TELL_SECONDS", 0.0)
+    with grpc.insecure_channel(server.address) as channel:
+        for call in (
+            lambda: channel.unary_unary("/lopa.v1.Tuning/PromptGradients")(b"\xff\xff", timeout=30),
+            lambda: list(channel.unary_stream(GENERATE)(b"\xff\xff", timeout=30)),
+            lambda: Client(channel).tokens(generate_request(temperature=-1.0)),
+        ):
+            with pytest.raises(grpc.RpcError):
+                call()
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_watching_health_takes_a_tenants_places_and_ends(tiny_fm: Path, tmp_path: Path) -> None:

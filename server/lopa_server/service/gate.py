@@ -1,4 +1,4 @@
-"""Every call passes the gate: it refuses while the server isn't serving, counts who is inside, and gives errors their status."""
+"""Every call passes the gate: it refuses while the server isn't serving, and counts who is inside. The door gives errors their status."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
 from enum import Enum
-from typing import Any
 
 from google.protobuf.message import Message
 from lopa.wire.errors import Reason, WireError
@@ -17,7 +16,6 @@ from lopa_server.identity.caller import ANONYMOUS, current_caller
 from lopa_server.limits import TrafficLimits
 from lopa_server.metering.meter import Meter, MeteredCall
 from lopa_server.service.decoding import Unusable
-from lopa_server.service.status import refuse
 
 COMPUTED = {"/lopa.v1.Inference/Generate": False, "/lopa.v1.Inference/Score": True, "/lopa.v1.Tuning/PromptGradients": True}
 """Methods that wait for the engine, and whether with pairs."""
@@ -92,8 +90,8 @@ class Gate:
                 self._taken -= 1
 
     @contextlib.asynccontextmanager
-    async def call(self, kind: str, request: Message | Unusable, context: Any) -> AsyncIterator[MeteredCall]:
-        """Around a call's body; gives who calls, and what counts its use. An exception inside ends the call with its status.
+    async def call(self, kind: str, request: Message | Unusable) -> AsyncIterator[MeteredCall]:
+        """Around a call's body; gives who calls, and what counts its use.
 
         kind: the method's name.
         """
@@ -105,8 +103,6 @@ class Gate:
             call = self._meter.enter(current_caller(), kind, size)
             self._check_request(request, size)
             yield call
-        except Exception as error:
-            await refuse(context, error)
         finally:
             self._inside -= 1
             if not self._inside:

@@ -60,12 +60,13 @@ class CatalogServicer(catalog_pb2_grpc.CatalogServicer):
         self._gate, self._handlers = gate, handlers
 
     async def GetModel(self, request: catalog_pb2.GetModelRequest, context: Any) -> catalog_pb2.ModelInfo:
-        async with self._gate.call("GetModel", request, context) as call:
+        del context
+        async with self._gate.call("GetModel", request) as call:
             return _counted(call, self._handlers.catalog.model_info())
 
     async def FetchBundle(self, request: catalog_pb2.FetchBundleRequest, context: Any) -> None:  # type: ignore[override]  # grpc.aio takes writing coroutines
         async with (
-            self._gate.call("FetchBundle", request, context) as call,
+            self._gate.call("FetchBundle", request) as call,
             aclosing(self._handlers.catalog.bundle_chunks(request)) as chunks,
         ):
             async for chunk in chunks:
@@ -78,14 +79,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Any) -> None:  # type: ignore[override]
         async with (
-            self._gate.call("Generate", request, context) as call,
+            self._gate.call("Generate", request) as call,
             aclosing(self._handlers.requests.generate(request, call, _deadline(context))) as responses,
         ):
             async for response in responses:
                 await write(_counted(call, response), context)
 
     async def Score(self, request: inference_pb2.ScoreRequest, context: Any) -> inference_pb2.ScoreResponse:
-        async with self._gate.call("Score", request, context) as call:
+        async with self._gate.call("Score", request) as call:
             return _counted(call, await self._handlers.requests.score(request, call, _deadline(context)))
 
 
@@ -94,7 +95,7 @@ class TuningServicer(tuning_pb2_grpc.TuningServicer):
         self._gate, self._handlers = gate, handlers
 
     async def PromptGradients(self, request: tuning_pb2.PromptGradientsRequest, context: Any) -> tuning_pb2.PromptGradientsResponse:
-        async with self._gate.call("PromptGradients", request, context) as call:
+        async with self._gate.call("PromptGradients", request) as call:
             return _counted(call, await self._handlers.requests.prompt_gradients(request, call, _deadline(context)))
 
 
