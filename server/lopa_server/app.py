@@ -10,7 +10,6 @@ import asyncio
 import importlib.metadata
 import logging
 import os
-import tempfile
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -72,7 +71,6 @@ class ServerApp:
         self._handlers = Handlers()
         self._server: grpc.aio.Server | None = None
         self._health_server: grpc.aio.Server | None = None
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._ready_file: Path | None = None
         """Set once it is ours: a failed start must not remove what another server wrote."""
 
@@ -165,25 +163,28 @@ class ServerApp:
     async def _load(self) -> None:
         bundles = await asyncio.to_thread(open_bundles, self._config)
         engine = SupervisedEngine(lambda: warmup.load_engine(self._config), warmup.warm_up, self._config.step_seconds)
-        tokenizing = asyncio.create_task(asyncio.to_thread(PromptTokenizer.load, self._config.fm))
+        # Beside an engine in this process it would import the same libraries at the same time, which they don't all bear.
+        early = [asyncio.create_task(self._tokenizer())] if self._config.engine_process else []
         try:
             await engine.start(self._engine_answers)
-            tokenizer = await tokenizing
+            tokenizer = await (early[0] if early else self._tokenizer())
         except BaseException:
-            await asyncio.gather(tokenizing, return_exceptions=True)
+            await asyncio.gather(*early, return_exceptions=True)
             await engine.stop()
             raise
         self.engine = engine
         if self._gate is not None:
             self._gate.engine = engine
-        place = self._temporary = tempfile.TemporaryDirectory(prefix="lopa-bundle-")
-        published = await asyncio.to_thread(publish, bundles, engine.spec, self._config, Path(place.name))
+        published = await asyncio.to_thread(publish, bundles, engine.spec, self._config)
         checker = RequestChecker(engine.spec, self._config.limits, tokenizer)
         version = importlib.metadata.version("lopa")
         self._handlers.catalog = CatalogHandler(
             engine.spec, self._config.limits, checker.max_row_norm, tokenizer.has_chat, version, published
         )
         self._handlers.requests = RequestHandlers(engine, checker, model_revision(engine.spec, version), noise=self._config.gradient_noise)
+
+    async def _tokenizer(self) -> PromptTokenizer:
+        return await asyncio.to_thread(PromptTokenizer.load, self._config.fm)
 
     async def _tell_ready(self) -> None:
         path = self._config.ready_file
@@ -222,9 +223,6 @@ class ServerApp:
         if self._meter is not None:
             await self._meter.close()
             self._meter = None
-        if self._temporary is not None:
-            self._temporary.cleanup()
-            self._temporary = None
         if self._ready_file is not None:
             self._ready_file.unlink(missing_ok=True)
             self._ready_file = None

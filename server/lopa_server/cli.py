@@ -20,7 +20,7 @@ from lopa_server.engine.base import EngineError, UnsupportedModel
 from lopa_server.identity.config import AccessConfig
 from lopa_server.keeper import EXIT_BROKEN, keep_running
 from lopa_server.limits import ServiceLimits, TrafficLimits
-from lopa_server.logs import log_to_stderr
+from lopa_server.logs import log_to_stderr, open_standard_streams
 from lopa_server.metering.cli import DEFAULT_PLACE
 from lopa_server.models import nano_bundle_folder, nano_folder
 
@@ -92,9 +92,10 @@ def serve(
     ] = False,
 ) -> None:
     """Serve one frozen model to everybody. Ends with SIGTERM or Ctrl-C, after running calls have finished."""
+    open_standard_streams()
     problems = log_to_stderr(log_level)
     if restart:
-        sys.exit(keep_running([sys.executable, "-m", "lopa.cli", *(word for word in sys.argv[1:] if word != "--restart")]))
+        sys.exit(keep_running([sys.executable, "-P", "-m", "lopa.cli", *(word for word in sys.argv[1:] if word != "--restart")]))
     bundles = bundle or []
     if fm is None and not bundles and nano_bundle_folder().is_dir():
         bundles = [nano_bundle_folder()]

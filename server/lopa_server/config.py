@@ -134,6 +134,8 @@ class ServerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"{name} is {value}; it must be at least 1"
+        if not _is_text(self.fm):
+            yield f"fm is {str(self.fm)!r}; the name must be UTF-8"
         if self.dtype not in (None, *DTYPES):
             yield f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}"
         for limit in dataclasses.fields(self.traffic):
@@ -179,6 +181,14 @@ class ServerConfig:
                 f"{self.host} is reachable from other machines, and this server {' and '.join(missing)}: use 127.0.0.1, "
                 "or allow it with insecure_listen (--insecure-listen) behind something that encrypts and authenticates"
             )
+
+
+def _is_text(name: str | Path) -> bool:
+    try:
+        str(name).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def is_loopback(host: str) -> bool:

@@ -7,6 +7,7 @@ without them: types, files and lines say where to look.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -53,6 +54,16 @@ def _lines(error: BaseException) -> Iterator[str]:
     yield "Traceback (most recent call last):"
     yield "".join(traceback.format_tb(error.__traceback__)).rstrip("\n")
     yield f"{type(error).__module__}.{type(error).__qualname__} (its message may hold what a client sent, and is left out)"
+
+
+def open_standard_streams() -> None:
+    """Give those of descriptors 0 to 2 that are closed to the null device: the next thing to be opened would get their numbers, and
+    whoever writes to them, or closes them, would hit that."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
 
 
 def log_to_stderr(level: str) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from lopa_server import heap
 from lopa_server.bounds import Bounds, OutOfTime
+from lopa_server.config import ConfigError
 from lopa_server.engine.base import (
     Delta,
     Engine,
@@ -27,6 +28,7 @@ from lopa_server.engine.base import (
     GenerateRequest,
     PairRequest,
     PairResult,
+    UnsupportedModel,
 )
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,8 @@ log = logging.getLogger(__name__)
 RESTARTS = 3
 """So many within WINDOW_SECONDS; then the engine is given up."""
 WINDOW_SECONDS = 600.0
+RELOAD_SECONDS, SLOWER = 600.0, 10.0
+"""A restart may take so long, or so many times as long as the first start."""
 LOOKS = 8
 """The watchdog looks so often within the time that a step may take."""
 
@@ -90,6 +94,7 @@ class SupervisedEngine:
         self._tasks: list[asyncio.Task[None]] = []
         self._restarts: list[float] = []
         self._closing = False
+        self._load_seconds = 0.0
         self.stuck = False
         """A step never came back: its thread still is in this process."""
         self.gave_up = asyncio.Event()
@@ -97,7 +102,9 @@ class SupervisedEngine:
 
     async def start(self, report: Report) -> None:
         """Load and start, then watch. Raises what `load` and `ready` raise."""
+        started = time.monotonic()
         self._engine = await self._load()
+        self._load_seconds = time.monotonic() - started
         self._engine.start()
         self._spec = self._engine.spec
         self._begin(self._watch_thread(self._engine))
@@ -211,7 +218,10 @@ class SupervisedEngine:
                 return None
             try:
                 with heap.unsettled():  # the dead one may be part of a cycle, and its model is as large as the next one's
-                    return await self._fresh()
+                    async with asyncio.timeout(max(RELOAD_SECONDS, SLOWER * self._load_seconds)):
+                        return await self._fresh()
+            except (OSError, UnsupportedModel, ConfigError) as error:  # from loading: nothing of a client's is in it
+                log.critical("the engine can't be restarted: %s", error or "it takes too long to load")
             except Exception:
                 log.critical("the engine can't be restarted", exc_info=True)
         return None
@@ -229,18 +239,21 @@ class SupervisedEngine:
 
     async def _watch_steps(self) -> None:
         """Fail everybody's calls when a step doesn't come back."""
-        seen, since = self.stats(), time.monotonic()
+        interval = self._step_seconds / LOOKS
+        seen, looked, waited = self.stats(), time.monotonic(), 0.0
         while not self.stuck:
-            await asyncio.sleep(self._step_seconds / LOOKS)
+            await asyncio.sleep(interval)
             now = time.monotonic()
+            waited += min(now - looked, 2 * interval)  # not the time in which all of us were stopped, as with a frozen container
+            looked = now
             if self._engine is None or self.stats() is not seen:
-                seen, since = self.stats(), now
+                seen, waited = self.stats(), 0.0
             if self._engine is not None:
                 self._engine.nudge()
-            if now - since > self._step_seconds and self._engine is not None:
+            if waited > self._step_seconds and self._engine is not None:
                 if self._engine.kill():
                     log.critical("a step has taken more than %.0f s: the engine is stuck, and was ended", self._step_seconds)
-                    since = now
+                    waited = 0.0
                 else:
                     self.stuck = True
         log.critical("a step has taken more than %.0f s: the engine is stuck, and given up", self._step_seconds)

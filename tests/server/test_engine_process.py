@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import io
 import logging
 import os
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -27,9 +30,10 @@ from lopa.v1 import inference_pb2, tuning_pb2
 from lopa_server.app import ConfigError, RunningServer, ServerConfig, start_server
 from lopa_server.engine import base
 from lopa_server.engine.base import EngineError, EngineFailed, EngineStopped, QueueFull, UnsupportedModel, UnsupportedSchema
+from lopa_server.engine.mailbox import Mailbox
 from lopa_server.engine.pair_queue import PairKind
 from lopa_server.engine.process import wire
-from lopa_server.engine.process.engine import ProcessEngine
+from lopa_server.engine.process.engine import Link, ProcessEngine
 from lopa_server.engine.process.failures import error_of, failed
 from lopa_server.engine.torch_engine.config import TorchEngineConfig
 from lopa_server.logs import ContentFreeFormatter
@@ -254,6 +258,60 @@ def test_mixed_work_is_as_it_is_alone(tiny_fm: Path) -> None:
         assert engine.stats().blocks_used == 0
 
     _run(tiny_fm, scenario)
+
+
+def test_an_engine_that_does_not_read_is_not_written_to_without_end(tiny_fm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever cancels gives up its place, and what it sent still waits for the engine."""
+    monkeypatch.setattr("lopa_server.engine.process.engine.MOST_UNSENT", 1 << 20)
+    large = [dataclasses.replace(engines.pair(1, rows=400), target=engines.token_ids(2, 20))]
+
+    async def scenario(engine: ProcessEngine) -> None:
+        os.kill(engine.stats().pid, signal.SIGSTOP)
+        with pytest.raises(QueueFull):
+            for _ in range(1000):
+                call = asyncio.create_task(engine.score(large))
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+                if call.done():
+                    await call
+                call.cancel()
+                await asyncio.gather(call, return_exceptions=True)
+
+    _run(tiny_fm, scenario)
+
+
+def test_what_is_aborted_before_the_engine_has_time_for_it_is_not_kept(tiny_fm: Path) -> None:
+    intake = engines.load(tiny_fm).intake
+    pairs = [engines.pair(1)]
+    kept = weakref.ref(pairs[0].input.soft)
+    intake.pairs("call", PairKind.SCORE, pairs, Mailbox())
+    del pairs
+    assert kept() is not None
+    intake.abort("call")
+    assert kept() is None
+
+
+def test_only_the_engine_thread_shows_that_it_is_alive() -> None:
+    """A report for a schema that is refused beside it is none of its doing."""
+
+    async def scenario() -> None:
+        ours, theirs = socket.socketpair()
+        reader, stream = await asyncio.open_unix_connection(sock=ours)
+        link, engine = Link(reader, wire.MessageWriter(stream), 1), wire.MessageWriter((await asyncio.open_unix_connection(sock=theirs))[1])
+        reading, mailbox, seen = asyncio.create_task(link.read()), Mailbox(), link.stats()
+        link.stream(engines.stream("x", 1), mailbox)
+        engine.write(wire.Report([failed("x", UnsupportedSchema("no"))], None))
+        with pytest.raises(UnsupportedSchema):
+            await mailbox.delta()
+        assert link.stats() is seen
+        engine.write(wire.Report([], base.EngineStats(steps=1)))
+        while link.stats() is seen:
+            await asyncio.sleep(0)
+        assert link.stats().steps == 1
+        engine.close()
+        await reading
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from lopa.bundle import Bundle, BundleError
 
@@ -16,15 +19,19 @@ class PublishedBundle:
     """A bundle's archive on this machine, ready to be sent."""
 
     id: str
-    path: Path
+    file: BinaryIO
     size: int
 
     @classmethod
     def build(cls, bundle: Bundle, folder: Path) -> PublishedBundle:
-        """Write the archive into `folder`."""
+        """Write the archive into `folder`, where it may be removed at once."""
         path = folder / f"{bundle.manifest.id}.zip"
         bundle.write_archive(path)
-        return cls(bundle.manifest.id, path, path.stat().st_size)
+        return cls(bundle.manifest.id, path.open("rb"), path.stat().st_size)
+
+    def read(self, position: int, size: int) -> bytes:
+        """So many bytes from a position on, fewer at the end. In any thread."""
+        return os.pread(self.file.fileno(), size, position)
 
 
 def open_bundles(config: ServerConfig) -> list[Bundle]:
@@ -39,15 +46,16 @@ def open_bundles(config: ServerConfig) -> list[Bundle]:
         raise ConfigError(str(error)) from error
 
 
-def publish(bundles: list[Bundle], spec: EngineSpec, config: ServerConfig, folder: Path) -> tuple[PublishedBundle, ...]:
-    """Archives of all of them in `folder`.
+def publish(bundles: list[Bundle], spec: EngineSpec, config: ServerConfig) -> tuple[PublishedBundle, ...]:
+    """Archives of all of them, in files without a name: however the server ends, none is left.
 
     Raises:
         ConfigError: one was made for another model, or its soft prompts have more rows than are allowed.
     """
     for bundle in bundles:
         _check(bundle, spec, config)
-    return tuple(PublishedBundle.build(bundle, folder) for bundle in bundles)
+    with tempfile.TemporaryDirectory(prefix="lopa-bundle-") as folder:
+        return tuple(PublishedBundle.build(bundle, Path(folder)) for bundle in bundles)
 
 
 def _check(bundle: Bundle, spec: EngineSpec, config: ServerConfig) -> None:

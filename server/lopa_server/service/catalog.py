@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from pathlib import Path
 
 from lopa.v1 import catalog_pb2
 from lopa.wire.errors import Reason, WireError
@@ -98,14 +97,8 @@ class CatalogHandler:
             raise WireError(Reason.BUNDLE_OFFSET, "offset", limit=bundle.size, found=request.offset)
         position = request.offset
         while True:
-            data = await asyncio.to_thread(_read, bundle.path, position)
+            data = await asyncio.to_thread(bundle.read, position, CHUNK_BYTES)
             yield catalog_pb2.BundleChunk(offset=position, data=data, total_bytes=bundle.size)
             position += len(data)
             if position >= bundle.size:
                 return
-
-
-def _read(path: Path, position: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(position)
-        return file.read(CHUNK_BYTES)

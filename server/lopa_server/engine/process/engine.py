@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from lopa_server.engine.base import EngineSpec, EngineStats, EngineStopped, GenerateRequest, PairRequest
+from lopa_server.engine.base import EngineSpec, EngineStats, EngineStopped, GenerateRequest, PairRequest, QueueFull
 from lopa_server.engine.front import EngineFront
 from lopa_server.engine.mailbox import Receiver
 from lopa_server.engine.pair_queue import PairKind
@@ -20,6 +20,10 @@ from lopa_server.engine.torch_engine.config import TorchEngineConfig
 
 HOST = "lopa_server.engine.process"
 STANDARD_ERROR = 2
+MOST_UNSENT = 128 << 20
+"""Bytes that may wait for an engine which doesn't read: what is cancelled meanwhile waits too."""
+ENDING_SECONDS = 30.0
+"""For a killed process to be gone. One that the kernel can't end, as in a driver that hangs, still has its device."""
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +33,7 @@ class ProcessEngine(EngineFront):
 
     def __init__(self, spec: EngineSpec, link: Link, process: subprocess.Popen[bytes], config: TorchEngineConfig) -> None:
         super().__init__(spec, link, config)
-        self._process = process
+        self._process, self._link, self._killed = process, link, False
         self._reading = asyncio.create_task(link.read())
 
     @classmethod
@@ -41,11 +45,12 @@ class ProcessEngine(EngineFront):
             ChildProcessError: it failed in another way, or was ended.
         """
         ours, theirs = socket.socketpair()
-        with theirs:
-            process = _start(theirs)
         reader, stream = await asyncio.open_unix_connection(sock=ours, limit=wire.READ_AHEAD)
         writer = wire.MessageWriter(stream)
+        process = None
         try:
+            with theirs:
+                process = _start(theirs)
             writer.write(wire.Begin(config, logging.getLogger().getEffectiveLevel()))
             greeting = await wire.MessageReader[wire.Loaded | wire.NotLoaded](reader, wire.Loaded | wire.NotLoaded).next()
             if greeting is None:
@@ -54,8 +59,9 @@ class ProcessEngine(EngineFront):
                 raise load_error_of(greeting)
         except BaseException:
             writer.close()
-            process.kill()
-            await _end_of(process)
+            if process is not None:
+                process.kill()
+                await _end_of(process)
             raise
         return cls(greeting.spec, Link(reader, writer, process.pid), process, config)
 
@@ -65,7 +71,10 @@ class ProcessEngine(EngineFront):
     async def stop(self) -> None:
         """End the process, whatever it is doing; whoever still waits for an answer gets EngineStopped."""
         self.ask_to_stop()
-        await self.wait_ended()
+        try:
+            await self.wait_ended()
+        except subprocess.TimeoutExpired:
+            log.critical("the engine's process %d can't be ended", self._process.pid)
 
     def ask_to_stop(self) -> None:
         """As `stop`, without waiting."""
@@ -73,15 +82,22 @@ class ProcessEngine(EngineFront):
         self.kill()
 
     def kill(self) -> bool:
-        """True: a process can always be ended at once."""
+        """True: a process can be ended at once. Everybody is told without waiting for its end."""
+        self._killed = True
         self._process.kill()
+        self._link.end()
+        self._reading.cancel()
         return True
 
     async def wait_ended(self) -> None:
-        """Returns when the process has ended, by `stop` or by dying, and everybody has been told."""
-        await asyncio.shield(self._reading)
+        """Returns when the process has ended, by `stop` or by dying, and everybody has been told.
+
+        Raises:
+            subprocess.TimeoutExpired: it has been killed, and is still there.
+        """
+        await asyncio.wait({self._reading})
         end = await _end_of(self._process)
-        if not self._stopped:
+        if not self._killed:
             log.error("the engine's process ended: %s", end)
 
 
@@ -119,19 +135,26 @@ class Link:
             while (report := await self._reader.next()) is not None:
                 for event in report.events:
                     self._hand_out(event)
-                self._stats = dataclasses.replace(report.stats, pid=self._pid)
+                if report.stats is not None:
+                    self._stats = dataclasses.replace(report.stats, pid=self._pid)
         except Exception:
             log.critical("what the engine's process says can't be understood", exc_info=True)
         finally:
-            self._ended = True
-            self._writer.close()
-            for receiver in self._receivers.values():
-                receiver.put(EngineStopped("the engine's process has ended"))
-            self._receivers.clear()
+            self.end()
+
+    def end(self) -> None:
+        """Take and give nothing any more."""
+        self._ended = True
+        self._writer.close()
+        for receiver in self._receivers.values():
+            receiver.put(EngineStopped("the engine's process has ended"))
+        self._receivers.clear()
 
     def _send(self, name: str, command: wire.Command, receiver: Receiver) -> None:
         if self._ended:
             raise EngineStopped("the engine's process has ended")
+        if (unsent := self._writer.unsent) > MOST_UNSENT:
+            raise QueueFull("bytes for the engine", unsent, MOST_UNSENT, 1.0)
         self._writer.write(command)
         self._receivers[name] = receiver
 
@@ -159,6 +182,6 @@ def _start(connection: socket.socket) -> subprocess.Popen[bytes]:
 
 
 async def _end_of(process: subprocess.Popen[bytes]) -> str:
-    """Wait for a process that ends; how it did."""
-    code = await asyncio.to_thread(process.wait)
+    """Wait for a process that ends; how it did. Raises subprocess.TimeoutExpired after ENDING_SECONDS."""
+    code = await asyncio.to_thread(process.wait, ENDING_SECONDS)
     return f"exit code {code}" if code >= 0 else f"killed by signal {-code}" + (", perhaps for want of memory" if code == -9 else "")

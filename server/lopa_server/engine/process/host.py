@@ -6,6 +6,7 @@ It ends when the server does: the connection's end is the only sign it needs. Si
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -34,7 +35,7 @@ class Addressee:
 
     def put(self, event: Event) -> None:
         """What the engine thread doesn't deliver itself."""
-        self._host.report([(self, event)], self._host.intake.stats())
+        self._host.report([(self, event)], None)
 
 
 class Host:
@@ -79,8 +80,8 @@ class Host:
             raise EngineFailed("the engine thread has died")
         await (self._unreported if self._unreported.done() else self._obeying)
 
-    def report(self, events: Sequence[tuple[Receiver, Event]], stats: EngineStats) -> None:
-        """On the loop."""
+    def report(self, events: Sequence[tuple[Receiver, Event]], stats: EngineStats | None) -> None:
+        """On the loop. stats: from the engine thread alone."""
         try:
             self._writer.write(wire.Report([_message(receiver, event) for receiver, event in events], stats))
         except Exception as error:
@@ -118,10 +119,11 @@ async def serve(connection: socket.socket) -> None:
         if not await host.load(lambda: Intake.load(begin.config)):
             return
     except Exception as error:
-        writer.write(message := not_loaded(error))
-        await writer.flush()
+        message = not_loaded(error)
         if not message.kind:
-            raise
+            log.critical("the engine can't be loaded", exc_info=True)
+        writer.write(message)
+        await writer.flush()
         return
     await host.run()
 
@@ -135,7 +137,8 @@ async def main(connection: socket.socket) -> None:
     except Exception:
         log.critical("the engine's process ends", exc_info=True)
     finally:
-        sys.stderr.flush()
+        with contextlib.suppress(Exception):
+            sys.stderr.flush()
         os._exit(code)
 
 

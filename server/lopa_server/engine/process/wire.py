@@ -91,10 +91,12 @@ Event = Said | Measured | Failed
 
 
 class Report(msgspec.Struct, array_like=True):
-    """Every further message from the engine: a step's events, often none, and the stats after it."""
+    """Every further message from the engine: a step's events, often none, and the stats after it. None: the engine thread has no part
+    in it, so it is no sign that it is alive.
+    """
 
     events: list[Event]
-    stats: EngineStats
+    stats: EngineStats | None
 
 
 class _Rows(msgspec.Struct, array_like=True):
@@ -135,6 +137,11 @@ class MessageWriter:
     async def flush(self) -> None:
         """Returns when a later `write` won't have to keep much."""
         await self._writer.drain()
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that the other side hasn't taken."""
+        return self._writer.transport.get_write_buffer_size()
 
     def close(self) -> None:
         self._writer.close()

@@ -36,6 +36,11 @@ class LiveStream:
         self._text = TextStream(decode, request.sampling.stop)
         self._end_ids = () if request.sampling.ignore_end else tuple(end_ids)
 
+    @property
+    def id(self) -> str:
+        """The request's."""
+        return self.request.id
+
     def sequence(self, scope: CacheScope, block_size: int) -> SequenceState:
         """What the scheduler knows of it."""
         request = self.request

@@ -47,7 +47,9 @@ class Stop:
 
 
 S = TypeVar("S", TokenStep, PairStep)
-Command: TypeAlias = LiveStream | LiveJob | Abort | Stop
+Arrival: TypeAlias = LiveStream | LiveJob
+Command: TypeAlias = list[Arrival] | Abort | Stop
+"""What arrives is in a list, which is empty once it has been aborted: it isn't kept until the thread has time for it."""
 Deliver: TypeAlias = Callable[[Sequence[tuple[Receiver, Event]], EngineStats], None]
 """Gets a step's events, often none, and the stats after it. Called on the engine thread, and should take no time."""
 
@@ -66,6 +68,8 @@ class Worker:
         self._streams: dict[str, LiveStream] = {}
         self._jobs: dict[str, LiveJob] = {}
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._arriving: dict[str, list[Arrival]] = {}
+        """What is in the inbox."""
         self._outbox: list[tuple[Receiver, Event]] = []
         self._counts: collections.Counter[str] = collections.Counter()
         self._seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
@@ -84,7 +88,7 @@ class Worker:
         self._deliver = deliver
         self._thread.start()
 
-    def send(self, command: Command) -> None:
+    def send(self, command: Arrival | Abort | Stop) -> None:
         """Hand something to the engine thread; it is taken in before the next step.
 
         Raises:
@@ -93,7 +97,13 @@ class Worker:
         with self._ending:
             if self._ended:
                 raise EngineStopped("the engine has ended")
-            self._inbox.put(command)
+            if isinstance(command, LiveStream | LiveJob):
+                self._arriving[command.id] = [command]
+                self._inbox.put(self._arriving[command.id])
+            elif isinstance(command, Abort) and command.id in self._arriving:
+                self._arriving.pop(command.id).clear()
+            else:
+                self._inbox.put(command)
 
     def join(self) -> None:
         """Wait for the thread to end, after Stop."""
@@ -136,9 +146,9 @@ class Worker:
             self._ended = True
         while not self._inbox.empty():
             command = self._inbox.get()
-            if isinstance(command, LiveStream | LiveJob):
-                self._outbox.append((command.receiver, EngineStopped("the engine was stopped")))
-        owners: list[LiveStream | LiveJob] = [*self._streams.values(), *self._jobs.values()]
+            if isinstance(command, list):
+                self._outbox += [(arrival.receiver, EngineStopped("the engine was stopped")) for arrival in command]
+        owners: list[Arrival] = [*self._streams.values(), *self._jobs.values()]
         for owner in owners:
             self._outbox.append((owner.receiver, EngineStopped("the engine was stopped")))
         self._flush()
@@ -200,17 +210,28 @@ class Worker:
             self._handle(command)
         return False
 
-    def _handle(self, command: Command) -> None:
-        if isinstance(command, LiveStream):
-            self._streams[command.request.id] = command
-            self._scheduler.add(command.sequence(self._scope, self._limits.block_size))
-        elif isinstance(command, LiveJob):
-            self._jobs[command.id] = command
-            costs, first = command.measure(self._scope, self._limits.block_size), command.pairs[0]
-            self._scheduler.add_pairs(command.id, command.kind, costs, tenant=first.tenant, low_priority=first.low_priority)
-        elif isinstance(command, Abort) and (command.id in self._streams or command.id in self._jobs):
-            self._forget(command.id)
-            self._counts["aborted"] += 1
+    def _handle(self, command: list[Arrival] | Abort) -> None:
+        if isinstance(command, Abort):
+            if command.id in self._streams or command.id in self._jobs:
+                self._forget(command.id)
+                self._counts["aborted"] += 1
+            return
+        with self._ending:
+            arrivals = list(command)
+            for arrival in arrivals:
+                del self._arriving[arrival.id]
+        self._counts["aborted"] += not arrivals
+        for arrival in arrivals:
+            self._add(arrival)
+
+    def _add(self, arrival: Arrival) -> None:
+        if isinstance(arrival, LiveStream):
+            self._streams[arrival.id] = arrival
+            self._scheduler.add(arrival.sequence(self._scope, self._limits.block_size))
+        else:
+            self._jobs[arrival.id] = arrival
+            costs, first = arrival.measure(self._scope, self._limits.block_size), arrival.pairs[0]
+            self._scheduler.add_pairs(arrival.id, arrival.kind, costs, tenant=first.tenant, low_priority=first.low_priority)
 
     def _forget(self, name: str, *, reliable: bool = True) -> None:
         """Take a request or call out, wherever it is; its blocks are free at once. reliable: as in `Scheduler.remove`."""
