@@ -221,7 +221,7 @@ class SupervisedEngine:
                     async with asyncio.timeout(max(RELOAD_SECONDS, SLOWER * self._load_seconds)):
                         return await self._fresh()
             except (OSError, UnsupportedModel, ConfigError) as error:  # from loading: nothing of a client's is in it
-                log.critical("the engine can't be restarted: %s", error or "it takes too long to load")
+                log.critical("the engine can't be restarted: %s", str(error) or "it takes too long to load")
             except Exception:
                 log.critical("the engine can't be restarted", exc_info=True)
         return None
