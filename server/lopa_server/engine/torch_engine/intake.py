@@ -16,10 +16,11 @@ from lopa_server.engine.mailbox import Receiver
 from lopa_server.engine.pair_queue import PairKind
 from lopa_server.engine.torch_engine.config import PAIR_POSITIONS, STEP_POSITIONS, TorchEngineConfig
 from lopa_server.engine.torch_engine.constraints import Constraint, Grammars
+from lopa_server.engine.torch_engine.inbox import Abort, Stop
 from lopa_server.engine.torch_engine.live import LiveJob, LiveStream
 from lopa_server.engine.torch_engine.loader import FoundationModel, load_foundation_model, text_decoder
 from lopa_server.engine.torch_engine.selfcheck import check_runner, positions_that_fit
-from lopa_server.engine.torch_engine.worker import Abort, Deliver, Stop, Worker
+from lopa_server.engine.torch_engine.worker import Deliver, Worker
 
 log = logging.getLogger(__name__)
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -23,6 +21,7 @@ from lopa_server.engine.mailbox import Event, Receiver
 from lopa_server.engine.pair_queue import PairRow, PairStep
 from lopa_server.engine.scheduler import Scheduler, SchedulerLimits, Step, TokenStep
 from lopa_server.engine.sequences import SequenceState
+from lopa_server.engine.torch_engine.inbox import Abort, Command, Inbox, Incoming, Stop
 from lopa_server.engine.torch_engine.interruption import Interruptions
 from lopa_server.engine.torch_engine.layout import Piece
 from lopa_server.engine.torch_engine.live import LiveJob, LiveStream
@@ -34,22 +33,7 @@ from lopa_server.engine.torch_engine.sampling import Sampler
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Abort:
-    """Forget a request or a call's pairs."""
-
-    id: str
-
-
-@dataclass(frozen=True)
-class Stop:
-    """Give up everything and end the thread."""
-
-
 S = TypeVar("S", TokenStep, PairStep)
-Arrival: TypeAlias = LiveStream | LiveJob
-Command: TypeAlias = list[Arrival] | Abort | Stop
-"""What arrives is in a list, which is empty once it has been aborted: it isn't kept until the thread has time for it."""
 Deliver: TypeAlias = Callable[[Sequence[tuple[Receiver, Event]], EngineStats], None]
 """Gets a step's events, often none, and the stats after it. Called on the engine thread, and should take no time."""
 
@@ -67,9 +51,9 @@ class Worker:
         self._sampler = Sampler(fm.spec.vocab_size, fm.device)
         self._streams: dict[str, LiveStream] = {}
         self._jobs: dict[str, LiveJob] = {}
-        self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._arriving: dict[str, list[Arrival]] = {}
-        """What is in the inbox."""
+        self._inbox = Inbox()
+        self._aborted = 0
+        """After they had been taken in."""
         self._outbox: list[tuple[Receiver, Event]] = []
         self._counts: collections.Counter[str] = collections.Counter()
         self._seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
@@ -79,8 +63,6 @@ class Worker:
         """On a GPU a part is over when it is queued, not when it is computed."""
         self._stopping = False
         self._deliver: Deliver = _to_nobody
-        self._ending = threading.Lock()
-        self._ended = False
         self._thread = threading.Thread(target=self._run, name="lopa-engine", daemon=True)
 
     def start(self, deliver: Deliver) -> None:
@@ -88,22 +70,9 @@ class Worker:
         self._deliver = deliver
         self._thread.start()
 
-    def send(self, command: Arrival | Abort | Stop) -> None:
-        """Hand something to the engine thread; it is taken in before the next step.
-
-        Raises:
-            EngineStopped: the thread has ended, or ends before it takes this in.
-        """
-        with self._ending:
-            if self._ended:
-                raise EngineStopped("the engine has ended")
-            if isinstance(command, LiveStream | LiveJob):
-                self._arriving[command.id] = [command]
-                self._inbox.put(self._arriving[command.id])
-            elif isinstance(command, Abort) and command.id in self._arriving:
-                self._arriving.pop(command.id).clear()
-            else:
-                self._inbox.put(command)
+    def send(self, command: Command) -> None:
+        """Hand something to the engine thread; it is taken in before the next step. Raises EngineStopped once the thread has ended."""
+        self._inbox.put(command)
 
     def join(self) -> None:
         """Wait for the thread to end, after Stop."""
@@ -128,6 +97,7 @@ class Worker:
             preemptions=scheduler.preemptions,
             pairs_whole=scheduler.pairs_whole,
             seconds=dict(self._seconds),
+            aborted=self._aborted + self._inbox.aborted,
             **self._counts,
         )
 
@@ -142,13 +112,7 @@ class Worker:
 
     def _give_up(self) -> None:
         """Tell everybody who still waits that there will be no answer."""
-        with self._ending:
-            self._ended = True
-        while not self._inbox.empty():
-            command = self._inbox.get()
-            if isinstance(command, list):
-                self._outbox += [(arrival.receiver, EngineStopped("the engine was stopped")) for arrival in command]
-        owners: list[Arrival] = [*self._streams.values(), *self._jobs.values()]
+        owners: list[Incoming] = [*self._inbox.close(), *self._streams.values(), *self._jobs.values()]
         for owner in owners:
             self._outbox.append((owner.receiver, EngineStopped("the engine was stopped")))
         self._flush()
@@ -183,7 +147,7 @@ class Worker:
 
     def _let_streams_go(self, turn: float, part: float) -> bool:
         """Steps of streams in the middle of a micro-batch, if it is their turn before another part like the last one is over."""
-        if not self._inbox.empty():
+        if not self._inbox.empty:
             self._stopping = not self._take_in(wait=False)
         if self._stopping or not self._scheduler.pauses_pairs(turn + part):
             return False
@@ -200,9 +164,8 @@ class Worker:
         if wait:
             self._flush()
         while not self._stopping:
-            try:
-                command = self._inbox.get(block=wait)
-            except queue.Empty:
+            command = self._inbox.get(wait=wait)
+            if command is None:
                 return True
             wait = False
             if isinstance(command, Stop):
@@ -210,21 +173,14 @@ class Worker:
             self._handle(command)
         return False
 
-    def _handle(self, command: list[Arrival] | Abort) -> None:
-        if isinstance(command, Abort):
-            if command.id in self._streams or command.id in self._jobs:
-                self._forget(command.id)
-                self._counts["aborted"] += 1
-            return
-        with self._ending:
-            arrivals = list(command)
-            for arrival in arrivals:
-                del self._arriving[arrival.id]
-        self._counts["aborted"] += not arrivals
-        for arrival in arrivals:
-            self._add(arrival)
+    def _handle(self, command: Incoming | Abort) -> None:
+        if not isinstance(command, Abort):
+            self._add(command)
+        elif command.id in self._streams or command.id in self._jobs:
+            self._forget(command.id)
+            self._aborted += 1
 
-    def _add(self, arrival: Arrival) -> None:
+    def _add(self, arrival: Incoming) -> None:
         if isinstance(arrival, LiveStream):
             self._streams[arrival.id] = arrival
             self._scheduler.add(arrival.sequence(self._scope, self._limits.block_size))
