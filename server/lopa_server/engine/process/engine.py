@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import importlib.util
 import logging
 import socket
 import subprocess
@@ -19,6 +20,8 @@ from lopa_server.engine.process.failures import error_of, load_error_of
 from lopa_server.engine.torch_engine.config import TorchEngineConfig
 
 HOST = "lopa_server.engine.process"
+NEEDED = ("torch", "transformers", "llguidance")
+"""What it imports and this side doesn't."""
 STANDARD_ERROR = 2
 MOST_UNSENT = 128 << 20
 """Bytes that may wait for an engine which doesn't read: what is cancelled meanwhile waits too."""
@@ -43,7 +46,11 @@ class ProcessEngine(EngineFront):
         Raises:
             ConfigError, FileNotFoundError, UnsupportedModel: as `TorchEngine.load`.
             ChildProcessError: it failed in another way, or was ended.
+            ModuleNotFoundError: a package that it needs is not installed.
         """
+        for package in NEEDED:
+            if importlib.util.find_spec(package) is None:
+                raise ModuleNotFoundError(f"No module named {package!r}", name=package)
         ours, theirs = socket.socketpair()
         reader, stream = await asyncio.open_unix_connection(sock=ours, limit=wire.READ_AHEAD)
         writer = wire.MessageWriter(stream)
