@@ -16,5 +16,11 @@ async def apart(work: Callable[[], T]) -> T:
     A thread of a pool would live on with the OpenMP threads that torch gave it. With those of the engine's own thread there would be more
     than cores, and OpenMP's threads would then sleep, and have to be woken, between any two operations of every step.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="lopa-apart") as executor:
-        return await asyncio.get_running_loop().run_in_executor(executor, work)
+    executor = ThreadPoolExecutor(1, thread_name_prefix="lopa-apart")
+    try:
+        result = await asyncio.get_running_loop().run_in_executor(executor, work)
+    except BaseException:
+        executor.shutdown(wait=False)  # whoever gives up on it must not hold up the loop
+        raise
+    executor.shutdown()
+    return result

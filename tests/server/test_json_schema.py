@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any
 
 import grpc
@@ -13,11 +16,14 @@ import pytest
 from lopa.v1 import inference_pb2
 from lopa.wire.errors import WireError
 from lopa_server.app import RunningServer
+from lopa_server.engine.base import EngineStopped
 from lopa_server.engine.torch_engine.constraints import Grammars
+from lopa_server.engine.torch_engine.engine import TorchEngine
 from lopa_server.limits import ServiceLimits
 from lopa_server.validation.schemas import check_schema, expanded_size
 from pydantic import BaseModel, ConfigDict, Field
 
+from tests.server import engines
 from tests.server.client import Client, Failure, failure, generate_request, soft_prompt
 
 END, LENGTH = inference_pb2.FINISH_REASON_END, inference_pb2.FINISH_REASON_LENGTH
@@ -165,3 +171,24 @@ def test_ordinary_patterns_pass() -> None:
 
 def test_a_model_whose_tokenizer_cannot_be_held_offers_no_schemas(server: RunningServer) -> None:
     assert Grammars.of(object(), server.app.engine.spec) is None
+
+
+def test_whoever_waits_for_a_schema_when_the_engine_stops_is_told(tiny_fm: Path) -> None:
+    release = threading.Event()
+
+    async def scenario(engine: TorchEngine) -> None:
+        engine.intake._grammars._compiling.submit(release.wait)  # others' schemas are in front
+        waiting = asyncio.create_task(
+            engines.collect(engine, engines.stream("held", 1, json_schema='{"type": "integer"}', ignore_end=False))
+        )
+        while not engine.intake._compiling:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await engine.stop()
+        with pytest.raises(EngineStopped):
+            await waiting
+
+    try:
+        engines.run(engines.load(tiny_fm), scenario)
+    finally:
+        release.set()

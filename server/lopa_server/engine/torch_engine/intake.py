@@ -100,6 +100,9 @@ class Intake:
             self._send(request, receiver, await self._grammars.constraint(schema))
         except EngineError as error:
             receiver.put(error)
+        except asyncio.CancelledError:  # by an abort, of which nobody waits to hear, or since the engine stops
+            receiver.put(EngineStopped("the engine was stopped"))
+            raise
         except Exception as error:
             log.exception("a schema could not be compiled")
             receiver.put(EngineFailed(f"{type(error).__name__}: {error}"))
