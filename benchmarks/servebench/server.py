@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import family
+import _family
 from lopa.transport import Endpoint
 from peers.process import PeerFailed, continue_group, stop_group
 
@@ -46,7 +46,7 @@ class Server:
 
     def resident_bytes(self) -> int:
         """Memory of server and engine that is in RAM."""
-        return family.resident_bytes(self.process.pid)
+        return _family.resident_bytes(self.process.pid)
 
     def metrics(self) -> dict[str, float]:
         """Every sample of the metrics page, by name with labels."""

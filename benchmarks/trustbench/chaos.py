@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import family
+import _family
 import grpc
 import lopa
 from lopa.v1 import inference_pb2, inference_pb2_grpc
@@ -78,7 +78,7 @@ class Victim:
 
     def kill_engine(self) -> bool:
         """The engine's process alone. False: there is none at the moment."""
-        engines = list(family.children(self._process.pid)) if self._process is not None else []
+        engines = list(_family.children(self._process.pid)) if self._process is not None else []
         for engine in engines:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(engine, signal.SIGKILL)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import family
+import _family
 import grpc
 from lopa.v1 import catalog_pb2, catalog_pb2_grpc
 from lopa_server.identity.caller import DEVICE_SCOPES
@@ -47,15 +47,15 @@ class Server:
 
     def send(self, number: signal.Signals) -> None:
         """To the server and its engine."""
-        for pid in family.family(self.process.pid):
+        for pid in _family.members(self.process.pid):
             os.kill(pid, number)
 
     def resident_bytes(self) -> int:
-        return family.resident_bytes(self.process.pid)
+        return _family.resident_bytes(self.process.pid)
 
     def cpu_seconds(self) -> float:
         """That all its threads and its engine's have used so far."""
-        return family.cpu_seconds(self.process.pid)
+        return _family.cpu_seconds(self.process.pid)
 
     def metric(self, name: str) -> float:
         """One sample without labels."""
