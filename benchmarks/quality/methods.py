@@ -10,7 +10,7 @@ from lopa.encoder import PromptEncoder
 from lopa_exporters.frozen import FrozenModel
 from lopa_exporters.lopa import LoPAConfig
 
-from benchmarks.quality.learners import prompts, shared
+from benchmarks.quality.learners import prompts, shared, starts
 from benchmarks.quality.learners.dept import DecomposedLearner
 from benchmarks.quality.learners.device import DeviceLearner
 from benchmarks.quality.learners.learner import Learner, PlainLearner
@@ -20,6 +20,8 @@ from benchmarks.quality.material import Material
 
 ROWS = 10
 """m of every prompt, as in the shipped bundle."""
+LONGER = (25, 40)
+"""m of longer ones."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,18 @@ def _factors(bench: Bench, material: Material, seed: int, *, trained: bool = Tru
     return prompts.from_lopa(bench.fm, material, lopa)
 
 
-def _prompt(start: str) -> Make:
-    return lambda bench, material, seed: prompts.prompt_tuning(bench.fm, material, seed, rows=ROWS, start=start)
+def _factors_longer(bench: Bench, material: Material, seed: int, *, rows: int) -> Learner:
+    lopa = starts.longer(shared.rebuilt(bench.encoder.bundle, bench.fm, seed, trained=True), bench.fm, seed, rows)
+    return prompts.from_lopa(bench.fm, material, lopa)
+
+
+def _factors_aligned(bench: Bench, material: Material, seed: int) -> Learner:
+    lopa = starts.aligned(shared.rebuilt(bench.encoder.bundle, bench.fm, seed, trained=True), material)
+    return prompts.from_lopa(bench.fm, material, lopa)
+
+
+def _prompt(start: str, rows: int = ROWS) -> Make:
+    return lambda bench, material, seed: prompts.prompt_tuning(bench.fm, material, seed, rows=rows, start=start)
 
 
 def prompts_from_prior(bench: Bench, material: Material, _seed: int) -> Learner:
@@ -79,6 +91,10 @@ METHODS: dict[str, Method] = {
     "prior_alone": Method("the prior alone, never tuned", lambda bench, material, _: DeviceLearner(bench.fm, bench.encoder, material)),
     "prompt_tuning_prior": Method("prompt tuning from the default's prior", prompts_from_prior, like="prompt_tuning"),
     "prompt_tuning_random": Method("prompt tuning, random start", _prompt("RANDOM"), rate=0.1),
+    **{
+        f"prompt_tuning_m{rows}": Method(f"prompt tuning, {rows} rows", _prompt("SAMPLE_VOCAB", rows), like="prompt_tuning")
+        for rows in LONGER
+    },
     "prefix_tuning": Method("prefix tuning", lambda bench, _material, seed: PrefixLearner(bench.fm, seed, ROWS), rate=0.03),
     "idpg": Method("IDPG", lambda bench, material, seed: prompts.idpg(bench.fm, material, seed, rows=ROWS), rate=0.003),
     "dept": Method("DePT", lambda bench, material, seed: DecomposedLearner(bench.fm, material, seed, rows=ROWS), rate=0.1),
@@ -110,6 +126,8 @@ METHODS: dict[str, Method] = {
         for rank in (1, 2, 4)
     },
     "factors_outer": Method("factors of the outer matrices alone", partial(_factors, corrections={"W2u": 4, "W2v": 8}), like="default"),
+    **{f"factors_m{rows}": Method(f"factors, {rows} rows", partial(_factors_longer, rows=rows), like="default") for rows in LONGER},
+    "factors_aligned": Method("factors, Q starts at the user's own answers", _factors_aligned, like="default"),
     "factors_inner": Method("factors of the inner matrices alone", partial(_factors, corrections={"W1u": 2, "W1v": 2}), like="default"),
 }
 MAIN = ("none", "prompt_tuning", "default", "heads", "lora_r8", "full")

@@ -25,6 +25,7 @@ from benchmarks.quality.learners.learner import PlainLearner
 from benchmarks.quality.learners.prefix import PrefixLearner
 from benchmarks.quality.learners.prompts import from_lopa
 from benchmarks.quality.learners.shared import rebuilt
+from benchmarks.quality.learners.starts import aligned, bags, directions, longer
 from benchmarks.quality.learners.weights import full, lora
 from benchmarks.quality.material import Material
 from benchmarks.quality.methods import METHODS, UNTUNED, Bench
@@ -206,3 +207,39 @@ def test_smoke_order(tmp_path: Path) -> None:
     result = subprocess.run([*command, "--json", str(tmp_path / "out.json")], capture_output=True, text=True, cwd=ROOT, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert len(json.loads((tmp_path / "out.json").read_text())["rows"]) == 6
+
+
+def test_longer_prompts_begin_with_the_bundles(bench: Bench, material: Material) -> None:
+    lopa = rebuilt(bench.encoder.bundle, bench.fm, 0, trained=True)
+    x = torch.from_numpy(material.features["x"][:2])
+    long = longer(lopa, bench.fm, 0, 25)(x)
+    assert long.shape == (2, 25, bench.fm.hidden)
+    assert torch.allclose(long[:, :10], lopa(x), atol=1e-6)
+
+
+def test_aligned_factors_see_the_answers_and_change_nothing_yet(bench: Bench, material: Material) -> None:
+    lopa = rebuilt(bench.encoder.bundle, bench.fm, 0, trained=True)
+    start = aligned(lopa, material)
+    x = torch.from_numpy(material.features["x"])
+    assert torch.equal(start(x), lopa(x))
+    assert {name: tensor.shape for name, tensor in start.start.items()} == {name: tensor.shape for name, tensor in lopa.start.items()}
+    answers = bags(material)
+    assert explained(x[list(material.training)] @ start.start["W1v.Q"], answers) > 1.5 * explained(
+        x[list(material.training)] @ lopa.start["W1v.Q"], answers
+    )
+
+
+def explained(scores: torch.Tensor, answers: torch.Tensor) -> float:
+    """Part of the answers' variance that a linear function of the scores gives."""
+    scores, answers = scores - scores.mean(dim=0), answers - answers.mean(dim=0)
+    return 1 - ((answers - scores @ torch.linalg.lstsq(scores, answers).solution).square().sum() / answers.square().sum()).item()
+
+
+def test_directions_are_those_in_which_answers_differ() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(200, 6, generator=generator)
+    answers = torch.stack((inputs[:, 2] > 0, inputs[:, 2] <= 0), dim=1).float()
+    found = directions(inputs, answers, 4, ridge=0.01)
+    assert found.shape == (6, 1)
+    assert found[:, 0].abs().argmax() == 2
+    assert (inputs @ found).std().item() == pytest.approx(1.0, rel=1e-3)
