@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,9 @@ from lopa_server.hub import resolve_folder
 FULL, SLIDING = "full_attention", "sliding_attention"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Change = Callable[[torch.Tensor], torch.Tensor]
+_loading = threading.Lock()
+"""transformers replaces functions of its classes while it loads; after two loads at once a replacement may stay, and leave every later
+model of the process without its tied weights."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,8 @@ def load_foundation_model(fm: str | Path, *, dtype: str | None = None, device: s
     if name not in DTYPES or place.type not in ("cpu", "cuda"):
         raise UnsupportedModel(f"{name} on {place} is not supported: dtypes are {', '.join(DTYPES)}, devices cpu and cuda")
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[name], local_files_only=True)
+        with _loading:
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[name], local_files_only=True)
     except (ValueError, KeyError) as error:
         raise UnsupportedModel(f"{folder} holds no causal language model that transformers can load: {error}") from error
     model = model.to(place).eval().requires_grad_(False)
