@@ -36,7 +36,7 @@ def machine() -> dict[str, Any]:
 def write(path: Path | None, figures: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> None:
     """Write {"command", "machine", "figures", "rows"} to `path`, if one was given. Folders of this machine stay out of it."""
     if path is not None:
-        command = " ".join(["python", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv)])
+        command = " ".join(["python", *(Path(word).name if Path(word).is_absolute() else word for word in sys.orig_argv[1:])])
         document = {"command": command, "machine": machine(), "figures": dict(figures), "rows": list(rows)}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document, indent=1) + "\n")

@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha import reflection
 from lopa import event_loop
 from lopa.v1 import catalog_pb2_grpc, inference_pb2_grpc, tuning_pb2_grpc
 
-from lopa_server import warmup
+from lopa_server import threads, warmup
 from lopa_server.config import ConfigError, ServerConfig
 from lopa_server.identity.authenticator import Authenticator
 from lopa_server.identity.keys import KeyFileError
@@ -262,7 +262,7 @@ class RunningServer:
             raise self._failure
 
     def stop(self, drain_seconds: float | None = 0.0) -> None:
-        """Drain (None: for as long as configured) and wait for the end. Harmless when it has ended already."""
+        """Drain (None: for as long as configured) and wait for the end, also of an engine's load. Harmless when it has ended already."""
         if self._loop is not None and self._stop is not None and self._thread.is_alive():
             self._drain_seconds = drain_seconds
             self._loop.call_soon_threadsafe(self._stop.set)
@@ -279,6 +279,8 @@ class RunningServer:
             self._started.set()
         await self._stop.wait()
         await self.app.drain(self._drain_seconds)
+        if self.app.engine is not None and not self.app.engine.gave_up.is_set():
+            await threads.ended()  # the process lives on, and may load another model
 
     def __enter__(self) -> RunningServer:
         return self

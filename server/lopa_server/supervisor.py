@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
-from lopa_server import heap, threads
+from lopa_server import heap
 from lopa_server.bounds import Bounds, OutOfTime
 from lopa_server.config import ConfigError
 from lopa_server.engine.base import (
@@ -113,7 +113,7 @@ class SupervisedEngine:
         self._begin(self._watch_steps())
 
     async def stop(self) -> None:
-        """End the engine; whoever still waits gets EngineStopped. A stuck thread is left behind, an engine that was loading is not."""
+        """End the engine; whoever still waits gets EngineStopped. A stuck thread is left behind, and so is one that loads."""
         self._closing = True
         engine, self._engine = self._engine, None
         if engine is not None and not self.stuck:
@@ -121,7 +121,6 @@ class SupervisedEngine:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await threads.ended()
 
     @property
     def spec(self) -> EngineSpec:

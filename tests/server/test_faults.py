@@ -18,6 +18,7 @@ from lopa.v1 import inference_pb2
 from lopa_server.app import ServerConfig, start_server
 from lopa_server.engine.base import Engine, EngineFailed
 from lopa_server.engine.scheduler import Scheduler
+from lopa_server.engine.torch_engine.config import TorchEngineConfig
 from lopa_server.engine.torch_engine.layout import Piece
 from lopa_server.engine.torch_engine.runner import ModelRunner
 
@@ -70,6 +71,37 @@ def test_a_new_engine_that_does_not_work_leaves_no_thread(tiny_fm: Path, monkeyp
         assert [next(health), next(health)] == [NOT_SERVING, SERVING]
         assert next(starts) == 3
         assert len([thread for thread in set(threading.enumerate()) - others if thread.name == "lopa-engine"]) == 1
+
+
+def test_a_server_that_stops_while_its_engine_is_loaded_again_waits_for_that_last(
+    tiny_fm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process lives on, and a load that it doesn't know of would meet its next one; everything else is closed before."""
+    load, loading, go_on, loaded = lopa_server.warmup._torch_engine, threading.Event(), threading.Event(), threading.Event()
+
+    def slow(settings: TorchEngineConfig) -> object:
+        loading.set()
+        go_on.wait(60)
+        engine = load(settings)
+        loaded.set()
+        return engine
+
+    ready = tmp_path / "ready"
+    server = start_server(ServerConfig(fm=tiny_fm, threads=1, ready_file=ready))
+    with grpc.insecure_channel(server.address) as channel:
+        monkeypatch.setattr(lopa_server.warmup, "_torch_engine", slow)
+        crashes = iter([True])
+        monkeypatch.setattr(Scheduler, "next_step", lambda self: 1 / 0 if next(crashes, False) else NEXT_STEP(self))
+        assert failure(lambda: Client(channel).tokens(LONG)).reason == "ENGINE_RESTARTING"
+        assert loading.wait(60)
+    with ThreadPoolExecutor() as others:
+        stopped = others.submit(server.stop)
+        while ready.exists():
+            assert not stopped.done()
+        assert not stopped.done()
+        go_on.set()
+        stopped.result(60)
+        assert loaded.is_set()
 
 
 def test_an_engine_that_cannot_come_back_is_given_up(tiny_fm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
