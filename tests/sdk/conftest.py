@@ -60,10 +60,10 @@ def bundle(bundle_folder: Path) -> Bundle:
 
 @pytest.fixture(scope="session")
 def address(fm_folder: Path, bundle_folder: Path) -> Iterator[str]:
-    """A server for the whole session."""
+    """A server for the whole session. Its engine has a process of its own, since other tests let every engine of this one fail."""
     from lopa_server.app import ServerConfig, start_server
 
-    with start_server(ServerConfig(fm=fm_folder, bundle=bundle_folder, threads=1)) as server:
+    with start_server(ServerConfig(fm=fm_folder, bundle=bundle_folder, threads=1, engine_process=True)) as server:
         yield server.address
 
 
