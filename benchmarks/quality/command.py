@@ -24,7 +24,9 @@ print = partial(print, flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write machine, figures and rows here")
     parser.add_argument("--stage", action="append", choices=STAGES, help="measure these parts of the grid; default: all, in order")
     parser.add_argument("--method", action="append", choices=METHODS, help="these methods only; default: all")
@@ -54,7 +56,11 @@ def choose_rates(args: argparse.Namespace) -> None:
 
 
 def run_grid(args: argparse.Namespace) -> None:
-    """Measure what is missing, then report on all there is."""
+    """Measure what is missing, then report on all there is.
+
+    Raises:
+        SystemExit: there is nothing to report on.
+    """
     store, rates = Store(args.cells), load_rates()
     grid = stages(rates)
     if not args.report:
@@ -62,6 +68,8 @@ def run_grid(args: argparse.Namespace) -> None:
         for stage in args.stage or STAGES:
             laboratory.measure([cell for cell in grid[stage] if cell.method in (args.method or METHODS)], print)
     results = Results.of(store, [cell for stage in STAGES for cell in grid[stage]])
+    if not results.rows:
+        raise SystemExit(f"{args.cells} holds no finished cell of this grid: measure some first, without --report")
     args.docs.mkdir(parents=True, exist_ok=True)
     report.write(results, rates, args.docs / "quality.md", plots.draw(results, args.docs))
     print(report.printed(results))

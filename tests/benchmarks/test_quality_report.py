@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.quality import plots, report
 from benchmarks.quality.cell import Cell
-from benchmarks.quality.command import run_smoke
+from benchmarks.quality.command import run_grid, run_smoke
 from benchmarks.quality.figures import Results, by_user, estimate, figures, ratio
 from benchmarks.quality.grid import load_rates, smoke, stages
 from benchmarks.quality.store import Row, Store
@@ -46,6 +46,13 @@ def test_guard_and_intervals() -> None:
     spread = estimate({"a": 0.0, "b": 0.5, "c": 1.0})
     assert spread.low < spread.value == 0.5 < spread.high
     assert ratio({"a": 1.0, "b": 3.0}, {"b": 1.5, "a": 0.5}).low == pytest.approx(2.0)
+
+
+def test_nothing_is_no_report(tmp_path: Path) -> None:
+    docs = tmp_path / "docs"
+    with pytest.raises(SystemExit, match=r"cells\.jsonl holds no finished cell"):
+        run_grid(Namespace(cells=tmp_path / "cells.jsonl", docs=docs, report=True, json=None))
+    assert not docs.exists()
 
 
 def test_one_user_has_no_interval() -> None:
