@@ -29,7 +29,7 @@ from lopa_exporters.frozen import FrozenModel
 from lopa_exporters.lopa import LoPA, LoPAConfig, init_corrections
 from lopa_exporters.pipeline import ExportPlan, load_encoder, prepare, start_lopa
 from lopa_exporters.population import PopulationConfig, PopulationTrainer
-from lopa_exporters.simulate import evaluate, tune_personal
+from lopa_exporters.simulate import aligned_start, evaluate, tune_personal
 
 METHOD = LoPAConfig(
     hidden=1,  # replaced by the models' widths
@@ -46,9 +46,10 @@ METHOD = LoPAConfig(
     z_start="product",
 )
 """What the shared part is trained with."""
-DEVICE = {"z_start": "direct", "z_rank": 10, "z_gain": 1.5, "correction_gain": 0.3}
+DEVICE = {"z_start": "direct", "z_rank": 10, "z_gain": 1.5, "correction_gain": 0.03, "spread": 10.0}
 """What devices tune with, over the same shared part, chosen on the development packages: at full rank, with B zero and five times the gain
-the personal prompt moves as far and as freely as prompt tuning's does, and the corrections follow more slowly (docs/quality.md)."""
+the personal prompt moves as far and as freely as prompt tuning's does, and the corrections follow more slowly; most slowly their Q, which
+starts at the user's own answers (docs/quality.md)."""
 GATE_SCALE = 0.3
 """Of U, on devices: a personal prompt that goes far is multiplied by the gate, so what the population's gate does to it has to be less."""
 TUNING = TuningDefaults(learning_rate=3e-2, steps=150, batch_size=16)
@@ -67,7 +68,8 @@ def develop(fm: FrozenModel, dataset: Dataset, lopa: LoPA, tuning: TuningDefault
         order = permutation(len(tuning_rows), "development")
         held, training = tuning_rows[order[:24]], tuning_rows[order[24:]]
         plain, start = evaluate(fm, dataset, test_rows, None), evaluate(fm, dataset, test_rows, lopa)
-        tuned = tune_personal(fm, dataset, lopa, config, training, held)
+        begun = aligned_start(lopa, dataset.features[training], [pair.target for pair in dataset.pairs(training)])
+        tuned = tune_personal(fm, dataset, begun, config, training, held)
         own_scores = evaluate(fm, dataset, test_rows, lopa, tuned.best)
         user, task = dataset.persons[person]
         rows.append({"user": user, "task": task, "plain": plain.nll, "start": start.nll, "own": own_scores.nll})

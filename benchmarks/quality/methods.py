@@ -51,19 +51,15 @@ def _heads(bench: Bench, material: Material, seed: int, *, z_rate: float = 1.0, 
     return prompts.heads(bench.fm, material, seed, replace(config, **changes), z_rate)  # type: ignore[arg-type]
 
 
-def _factors(bench: Bench, material: Material, seed: int, *, trained: bool = True, **changes: object) -> Learner:
+def _factors(bench: Bench, material: Material, seed: int, *, trained: bool = True, aligned: bool = True, **changes: object) -> Learner:
+    """aligned: whether corrections begin at the user's own answers, as a device's do."""
     lopa = shared.rebuilt(bench.encoder.bundle, bench.fm, seed, trained=trained, **changes)
-    return prompts.from_lopa(bench.fm, material, lopa)
+    return prompts.from_lopa(bench.fm, material, starts.at_answers(lopa, material) if aligned else lopa)
 
 
 def _factors_longer(bench: Bench, material: Material, seed: int, *, rows: int) -> Learner:
     lopa = starts.longer(shared.rebuilt(bench.encoder.bundle, bench.fm, seed, trained=True), bench.fm, seed, rows)
-    return prompts.from_lopa(bench.fm, material, lopa)
-
-
-def _factors_aligned(bench: Bench, material: Material, seed: int) -> Learner:
-    lopa = starts.aligned(shared.rebuilt(bench.encoder.bundle, bench.fm, seed, trained=True), material)
-    return prompts.from_lopa(bench.fm, material, lopa)
+    return prompts.from_lopa(bench.fm, material, starts.at_answers(lopa, material))
 
 
 def _prompt(start: str, rows: int = ROWS) -> Make:
@@ -116,7 +112,7 @@ METHODS: dict[str, Method] = {
     **{f"factors_k{rank}": Method(f"factors, k = {rank}", partial(_factors, z_rank=rank), like="default") for rank in (1, 2, 4, 8)},
     "factors_before": Method(
         "factors that start at A = 0, gains 0.3 and 1, k = 8",
-        partial(_factors, z_start="product", z_gain=0.3, correction_gain=1.0, z_rank=8),
+        partial(_factors, aligned=False, z_start="product", z_gain=0.3, correction_gain=1.0, spread=1.0, z_rank=8),
         like="default",
     ),
     **{
@@ -127,7 +123,22 @@ METHODS: dict[str, Method] = {
     },
     "factors_outer": Method("factors of the outer matrices alone", partial(_factors, corrections={"W2u": 4, "W2v": 8}), like="default"),
     **{f"factors_m{rows}": Method(f"factors, {rows} rows", partial(_factors_longer, rows=rows), like="default") for rows in LONGER},
-    "factors_aligned": Method("factors, Q starts at the user's own answers", _factors_aligned, like="default"),
+    "factors_random": Method(
+        "factors, Q starts at random and moves at P's rate",
+        partial(_factors, aligned=False, correction_gain=0.3, spread=1.0),
+        like="default",
+    ),
+    "factors_random_slow": Method("factors, Q starts at random", partial(_factors, aligned=False), like="default"),
+    "factors_fast": Method(
+        "factors, Q starts at the user's own answers and moves at P's rate",
+        partial(_factors, correction_gain=0.3, spread=1.0),
+        like="default",
+    ),
+    "factors_wide": Method(
+        "factors with other ranks in the same bytes",
+        partial(_factors, corrections={"W1u": 2, "W2u": 8, "W1v": 8, "W2v": 4}),
+        like="default",
+    ),
     "factors_inner": Method("factors of the inner matrices alone", partial(_factors, corrections={"W1u": 2, "W1v": 2}), like="default"),
 }
 MAIN = ("none", "prompt_tuning", "default", "heads", "lora_r8", "full")

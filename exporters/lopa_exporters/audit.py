@@ -24,7 +24,6 @@ from lopa_exporters.structure import ExportError, Structure, check_structure
 
 Array = NDArray[Any]
 Tensors = Mapping[str, Array]
-GRAPHS = ("encode", "compose", "update")
 BATCHES = (1, 2, 64)
 TOLERANCE = 1e-5
 SLOPE_TOLERANCE = 0.02
@@ -63,6 +62,7 @@ class Audit:
             ("structure", self._structure),
             ("starting factors", self._factors),
             ("priors", self._priors),
+            ("aligned tensors", self._aligned),
             ("encode: lengths and batches", self._encode),
             ("compose: batches", self._compose),
             ("update: gradient of compose", self._slope),
@@ -72,7 +72,7 @@ class Audit:
             yield Check(name, check())
 
     def _structure(self) -> str:
-        for name in GRAPHS:
+        for name in self.manifest.graphs:
             self.structures[name] = check_structure(self.bundle.path(f"{name}.onnx"))
         return ", ".join(f"{name} opset {structure.opset}" for name, structure in self.structures.items())
 
@@ -93,6 +93,21 @@ class Audit:
                 raise ExportError(f"prior {name} has values that are not finite")
             self.encoder.compose(instance, prior.tensors)
         return ", ".join(priors) or "none"
+
+    def _aligned(self) -> str:
+        """reads runs, row by row the same; whatever an aligned tensor holds, the starting factors give the same soft prompts."""
+        names = [spec.name for spec in self.manifest.aligned]
+        if not names:
+            return "none"
+        instance = self._instance(BATCHES[-1])
+        together = self.encoder.reads(instance)
+        alone = self.encoder.reads({name: value[-1:] for name, value in instance.items()})
+        if not all(np.allclose(together[name][-1:], alone[name], atol=TOLERANCE * max(1.0, np.abs(alone[name]).max())) for name in names):
+            raise ExportError("reads.onnx: a row depends on the other rows of its batch")
+        moved = {**self.start, **{name: self._noise(self.start[name]) for name in names}}
+        if not np.array_equal(self.encoder.compose(instance, self.start), self.encoder.compose(instance, moved)):
+            raise ExportError(f"the starting factors' soft prompts depend on {', '.join(names)}, which the manifest calls aligned")
+        return ", ".join(names)
 
     def _encode(self) -> str:
         """One token to the longest, every batch size; a text alone and padded among others; what the mask hides."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from lopa.bundle import Bundle, digest_file
 from lopa.fingerprint import fingerprint_folder
-from lopa.manifest import FILES, MANIFEST, EncoderSpec, FMSpec, Manifest, TensorSpec, TuningDefaults
+from lopa.manifest import FILES, MANIFEST, READS, AlignedSpec, EncoderSpec, FMSpec, Manifest, TensorSpec, TuningDefaults
 from safetensors.torch import save as serialize
 from torch import Tensor
 
@@ -102,12 +102,16 @@ def _write_files(folder: Path, encoder: Encoder | NoEncoder, lopa: LoPA, dtype: 
     verify.verify_compose(compose, lopa)
     graphs.export_update(lopa, update)
     verify.verify_update(update, lopa)
+    if graphs.aligned(lopa):
+        graphs.export_reads(lopa, folder / READS)
+        verify.verify_reads(folder / READS, lopa)
     tensors: dict[str, Tensor] = {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in lopa.start.items()}
     (folder / "factors.safetensors").write_bytes(serialize(tensors))
 
 
 def _manifest(folder: Path, fm: FMSpec, encoder: Encoder | NoEncoder, lopa: LoPA, tuning: TuningDefaults, dtype: str) -> Manifest:
     config = lopa.config
+    aligned = tuple(AlignedSpec(name, config.spread) for name in graphs.aligned(lopa))
     return Manifest(
         fm=fm,
         encoder=EncoderSpec(encoder.config.label, encoder.config.max_tokens, encoder.config.truncation_side),
@@ -117,9 +121,10 @@ def _manifest(folder: Path, fm: FMSpec, encoder: Encoder | NoEncoder, lopa: LoPA
         profile=config.profile,
         instance=(TensorSpec(graphs.INSTANCE, (config.features,)),),
         personal=tuple(TensorSpec(name, tuple(tensor.shape), dtype) for name, tensor in lopa.start.items()),
-        files={name: digest_file(folder / name) for name in FILES},
+        files={name: digest_file(folder / name) for name in (*FILES, *([READS] if aligned else []))},
         tuning=tuning,
         carried=tuple(TensorSpec(name, shape) for name, shape in graphs.carried(config).items()),
+        aligned=aligned,
     )
 
 

@@ -1,4 +1,4 @@
-"""The three graphs of a bundle, traced from the torch code; `lopa.bundle` states their contract.
+"""The graphs of a bundle, traced from the torch code; `lopa.bundle` states their contract.
 
 update.onnx is the vector-Jacobian product of compose and one AdamW step as one ordinary inference graph: torch.func.vjp is
 flattened to plain operators by make_fx first, since torch.onnx.export cannot see through it. compose.onnx hands V on to it: computing
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lopa_exporters.adamw import adam_factors, adamw, groups, joined, parted
-from lopa_exporters.lopa import LoPA, LoPAConfig, Tensors, instance_factor, of_head, soft_prompt
+from lopa_exporters.lopa import LoPA, LoPAConfig, Tensors, instance_factor, of_head, reads, soft_prompt
 from lopa_exporters.structure import ExportError
 
 OPSET = 18
@@ -134,6 +134,26 @@ def export_compose(lopa: LoPA, path: Path) -> None:
     inputs = (torch.randn(3, lopa.config.features), *lopa.start.values())
     axes = {INSTANCE: {0: torch.export.Dim("batch", min=1)}, **{name: {} for name in lopa.start}}
     _export(_Bound(compose_function(lopa), lopa.shared), inputs, axes, ["soft_prompt", *carried(lopa.config)], path)
+
+
+def aligned(lopa: LoPA) -> list[str]:
+    """Names of the personal tensors that a user's own examples may set before the first step: each Q whose P is zero.
+
+    None where the start values came from the population (`PopulationConfig.start_rate`): there Q has learnt what to read.
+    """
+    return [name for name in lopa.start if name.endswith(".Q") and not lopa.start[name.replace(".Q", ".P")].any()]
+
+
+def export_reads(lopa: LoPA, path: Path) -> None:
+    """x -> `reads.NAME` for every aligned tensor."""
+    names = aligned(lopa)
+
+    def flat(x: Tensor, *shared: Tensor) -> tuple[Tensor, ...]:
+        found = reads(lopa.config, dict(zip(lopa.shared, shared, strict=True)), x)
+        return tuple(found[name].clone() for name in names)  # an output may not be an input
+
+    axes = {INSTANCE: {0: torch.export.Dim("batch", min=1)}}
+    _export(_Bound(flat, lopa.shared), (torch.randn(3, lopa.config.features),), axes, [f"reads.{name}" for name in names], path)
 
 
 def export_update(lopa: LoPA, path: Path) -> None:

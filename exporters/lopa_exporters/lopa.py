@@ -69,6 +69,9 @@ class LoPAConfig:
     """g: one step of Adam moves every tensor alike, so the size of an embedding's entries belongs here (factors only)."""
     correction_gain: float = 1.0
     """c, likewise for the heads' corrections (factors only)."""
+    spread: float = 1.0
+    """Standard deviation of what a column of Q gives at the start, x having unit variance (factors only). Adam moves Q by the learning rate
+    whatever its size: the larger it is, with a smaller c, the longer it keeps its directions."""
     z_start: str = "direct"
     """Which side of a new user's A B^T is zero (factors only). "direct": B, and A has orthogonal columns, so that the first step moves
     Z as freely as k allows; "product": A, and B is N(0, 1)."""
@@ -89,6 +92,8 @@ class LoPAConfig:
             raise ValueError(f"composition is {self.composition!r}; known are {', '.join(COMPOSITIONS)}")
         if self.profile == "prompt" and self.composition != "none":
             raise ValueError(f"profile prompt has no instance part: its composition is none, not {self.composition}")
+        if not self.spread > 0:
+            raise ValueError(f"spread is {self.spread}; it must be above 0")
         if self.z_rank < 1 or any(name not in MATRICES or rank < 1 for name, rank in self.corrections.items()):
             raise ValueError(f"z_rank and every rank of corrections must be at least 1, for matrices of {', '.join(MATRICES)}")
         if self.z_start not in Z_STARTS:
@@ -190,6 +195,14 @@ def instance_factor(config: LoPAConfig, tensors: Mapping[str, Tensor], side: str
     return values.reshape(-1, config.rows if side == "u" else config.hidden, config.rank)
 
 
+def reads(config: LoPAConfig, shared: Mapping[str, Tensor], x: Tensor) -> Tensors:
+    """What the Q of each correction is multiplied with while no correction acts yet: x (b, h) -> `NAME.Q` -> (b, in)."""
+    if config.profile != "factors" or not config.has_instance_part:
+        return {}
+    inner = {side: torch.tanh(x @ shared[f"W1{side}"].mT + shared[f"b1{side}"]) for side in "uv"}
+    return {f"{name}.Q": x if name.startswith("W1") else inner[name[-1]] for name in MATRICES if name in config.corrections}
+
+
 def of_head(name: str, side: str) -> bool:
     """Whether a tensor belongs to the head that makes U or V."""
     return name.partition(".")[0] in {f"{kind}{side}" for kind in ("W1", "b1", "W2", "b2")}
@@ -245,7 +258,8 @@ def init_lopa(config: LoPAConfig, embeddings: Tensor, generator: torch.Generator
 def init_corrections(config: LoPAConfig, generator: torch.Generator) -> Tensors:
     """A new user's factors: the method's own prompt to begin with, and a gradient for every product.
 
-    Of each product one side is zero, so nothing is changed yet: `P`, with `Q` N(0, 1/in), and what `LoPAConfig.z_start` says of `Z`.
+    Of each product one side is zero, so nothing is changed yet: `P`, with `Q` N(0, spread^2 / in), and what `LoPAConfig.z_start` says
+    of `Z`.
     """
     start = {}
     for name, shape in config.personal_shapes().items():
@@ -253,7 +267,7 @@ def init_corrections(config: LoPAConfig, generator: torch.Generator) -> Tensors:
         if config.z_start == "direct" and kind in ("A", "B"):
             start[name] = _orthogonal(shape, generator) if kind == "A" else torch.zeros(shape)
             continue
-        std = {"B": 1.0, "Q": shape[0] ** -0.5}.get(kind, 0.0)
+        std = {"B": 1.0, "Q": config.spread * shape[0] ** -0.5}.get(kind, 0.0)
         start[name] = std * torch.randn(shape, generator=generator)
     return start
 

@@ -8,7 +8,6 @@ import numpy as np
 import onnxruntime as ort
 from lopa.bundle import Bundle
 
-from lopa_exporters.audit import GRAPHS
 from lopa_exporters.quantize import session_of
 from lopa_exporters.structure import ExportError, check_structure
 
@@ -19,14 +18,14 @@ COSINE = 0.999
 
 
 def convert(bundle: Bundle, out: Path) -> list[Path]:
-    """Write encode.ort, compose.ort and update.ort to a new folder; each is run beside its ONNX graph.
+    """Write encode.ort and the others to a new folder; each is run beside its ONNX graph.
 
     Raises:
         FileExistsError: the folder exists. ExportError: a converted graph computes something else.
     """
     out.mkdir(parents=True)
     made = []
-    for name in GRAPHS:
+    for name in bundle.manifest.graphs:
         source, target = bundle.path(f"{name}.onnx"), out / f"{name}.ort"
         options = ort.SessionOptions()
         options.log_severity_level = 3

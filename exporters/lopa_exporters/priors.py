@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from lopa.alignment import aligned
 from lopa.bundle import Bundle, digest_file
 from lopa.encoder import Moments, PromptEncoder, Tensors
 from lopa.factors import Factors
@@ -100,6 +101,7 @@ def train_prior(
     instance = encoder.encode([example.prefix + example.prompt for example in examples])
     people = persons_of(examples)[1]
     device, rng = DeviceSteps(fm, encoder), np.random.default_rng(config.seed)
+    device.factors = aligned(encoder, device.factors, [example.target for example in examples], instance)
     for number in range(1, config.steps + 1):
         rows = _spread(people, config.persons, rng)
         rate = config.learning_rate * min(1.0, number / max(1, config.warmup)) * (1 - (number - 1) / config.steps)

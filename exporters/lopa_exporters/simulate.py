@@ -7,17 +7,18 @@ Legend: n rows, h encoder width, m soft-prompt rows, d hidden size.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from lopa.alignment import bags, turned
 from lopa.examples import batch
 from lopa.tuning import TuneConfig
 from torch import Tensor, nn
 
 from lopa_exporters.data import Dataset, Indices
 from lopa_exporters.frozen import FrozenModel
-from lopa_exporters.lopa import LoPA, Tensors, soft_prompt
+from lopa_exporters.lopa import LoPA, Tensors, reads, soft_prompt
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,16 @@ class Tuned:
     """A step each: NLL per target token of its batch, before the step."""
     validation: tuple[tuple[int, float], ...]
     """(steps done, NLL per target token)."""
+
+
+def aligned_start(lopa: LoPA, x: Tensor, answers: Sequence[Sequence[int]]) -> LoPA:
+    """Every correction's Q at what tells a user's own answers apart, as a device begins (`lopa.alignment`); soft prompts stay as they are.
+
+    x: (n, h) features of the training examples. answers: their tokens, n lists.
+    """
+    found, bag = reads(lopa.config, lopa.shared, x), bags(answers)
+    new = {name: torch.from_numpy(turned(lopa.start[name].numpy(), read.numpy(), bag, lopa.config.spread)) for name, read in found.items()}
+    return replace(lopa, start={**lopa.start, **new})
 
 
 def evaluate(

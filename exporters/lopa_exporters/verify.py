@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from lopa_exporters.adamw import BETA2, EPSILON
 from lopa_exporters.encoder import pad_right
-from lopa_exporters.graphs import INSTANCE, MOMENTS, SCALARS, carried, initial_moments
-from lopa_exporters.lopa import LoPA, Tensors, instance_factor, soft_prompt
+from lopa_exporters.graphs import INSTANCE, MOMENTS, SCALARS, aligned, carried, initial_moments
+from lopa_exporters.lopa import LoPA, Tensors, instance_factor, reads, soft_prompt
 from lopa_exporters.quantize import session_of
 from lopa_exporters.structure import ExportError
 
@@ -118,6 +118,22 @@ def verify_compose(path: Path, lopa: LoPA) -> None:
             check_close(f"{graph.name}: {where}", found["soft_prompt"], soft_prompt(config, lopa.shared, personal, x))
             for name, value in carried_values(lopa, personal, x).items():
                 check_close(f"{graph.name}: {name}, {where}", found[name], value)
+
+
+def verify_reads(path: Path, lopa: LoPA) -> None:
+    """reads.onnx against `reads`.
+
+    Raises:
+        ExportError: see `TOLERANCE`.
+    """
+    graph, config = Graph(path), lopa.config
+    axes: dict[str, tuple[str, Axes]] = {f"reads.{name}": ("float", ("batch", lopa.start[name].shape[0])) for name in aligned(lopa)}
+    graph.check_signature({INSTANCE: ("float", ("batch", config.features))}, axes)
+    for batch in BATCHES:
+        x = torch.randn(batch, config.features, generator=torch.Generator().manual_seed(batch))
+        found, expected = graph(x=x), reads(config, lopa.shared, x)
+        for name in aligned(lopa):
+            check_close(f"{graph.name}: {name}, batch {batch}", found[f"reads.{name}"], expected[name])
 
 
 def verify_update(path: Path, lopa: LoPA, steps: int = UPDATE_STEPS) -> None:

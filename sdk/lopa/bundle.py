@@ -1,9 +1,10 @@
 """The bundle: what the exporter hands the device (DESIGN section 3). A folder, and a single-file archive of it.
 
-    manifest.json  tokenizer.json  encode.onnx  compose.onnx  update.onnx  factors.safetensors  priors.safetensors
+    manifest.json  tokenizer.json  encode.onnx  compose.onnx  update.onnx  factors.safetensors  priors.safetensors  reads.onnx
 
 `factors.safetensors` is where a new user begins. `priors.safetensors`, which may be missing, holds further sets of personal tensors to
 begin with, each tuned on a population's examples of one kind of task: the tensors of a set stand there as `SET.NAME`.
+`reads.onnx`, which may be missing too, is for users who begin at no prior: see `lopa.alignment`.
 
 Graph contract (all float tensors float32; b batch, t tokens, m rows, d hidden size):
 
@@ -14,6 +15,7 @@ Graph contract (all float tensors float32; b batch, t tokens, m rows, d hidden s
                   gradient (b, m, d), and the scalars learning_rate, weight_decay, clip, step: float32 ()
                   ->  `new.NAME`, `new.exp_avg.NAME`, `new.exp_avg_sq.NAME`, gradient_norm ()
                   `step` counts from 1. `clip` bounds the L2 norm over all personal gradients together (torch's clip_grad_norm_).
+    reads.onnx    instance tensors  ->  `reads.NAME` (b, h) for each aligned tensor (h, s): what compose multiplies by it at the start
 
 The archive is a ZIP of exactly these files, stored without compression, in the manifest's order, timestamps fixed.
 """
@@ -27,7 +29,7 @@ from pathlib import Path
 
 from lopa.errors import BundleError
 from lopa.files import read_limited, storage_error
-from lopa.manifest import FILES, MANIFEST, MAX_MANIFEST_BYTES, PRIORS, FileSpec, Manifest
+from lopa.manifest import FILES, MANIFEST, MAX_MANIFEST_BYTES, OPTIONAL, FileSpec, Manifest
 
 __all__ = ["Bundle", "BundleError", "digest_file", "extract_archive"]
 
@@ -97,8 +99,10 @@ def extract_archive(archive: Path, folder: Path) -> Bundle:
     try:
         with zipfile.ZipFile(archive) as source:
             sizes = {info.filename: info.file_size for info in source.infolist()}
-            if not {MANIFEST, *FILES} <= set(sizes) <= {MANIFEST, *FILES, PRIORS} or len(source.infolist()) != len(sizes):
-                raise BundleError(f"{archive.name} must hold exactly {', '.join((MANIFEST, *FILES))}, and {PRIORS} if it has any")
+            if not {MANIFEST, *FILES} <= set(sizes) <= {MANIFEST, *FILES, *OPTIONAL} or len(source.infolist()) != len(sizes):
+                raise BundleError(
+                    f"{archive.name} must hold exactly {', '.join((MANIFEST, *FILES))}, and {' and '.join(OPTIONAL)} if it has any"
+                )
             if any(info.compress_type != zipfile.ZIP_STORED for info in source.infolist()):
                 raise BundleError(f"{archive.name} has compressed files; a bundle's are stored as they are")
             if sizes[MANIFEST] > MAX_MANIFEST_BYTES:

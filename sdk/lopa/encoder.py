@@ -1,4 +1,5 @@
-"""The prompt encoder: a tokenizer and three ONNX graphs, run with ONNX Runtime on the CPU. It knows tensors by name, no method's meaning.
+"""The prompt encoder: a tokenizer and the bundle's ONNX graphs, run with ONNX Runtime on the CPU. It knows tensors by name,
+no method's meaning.
 
 Legend: b batch, t tokens, m soft-prompt rows, d hidden size of the foundation model. The graph contract is in `lopa.bundle`.
 """
@@ -85,7 +86,7 @@ class PromptEncoder:
         result = {spec.name: np.empty((len(texts), *spec.shape), np.float32) for spec in specs}
         if not specs or not texts:
             return result
-        ids = self._tokenize(texts)
+        ids = self.tokenize(texts)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
@@ -149,7 +150,19 @@ class PromptEncoder:
         moved = Moments({name: out[f"new.exp_avg.{name}"] for name in names}, {name: out[f"new.exp_avg_sq.{name}"] for name in names})
         return Update({name: out[f"new.{name}"] for name in names}, moved, float(out["gradient_norm"]))
 
-    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+    def reads(self, instance: Tensors) -> dict[str, Float32]:
+        """What each aligned tensor (`Manifest.aligned`) is multiplied with at the start, by the tensor's name: (b, h).
+
+        Raises:
+            BundleError: a graph that breaks the contract, or values that are not finite.
+        """
+        outputs = self._run("reads.onnx", instance)
+        if not all(np.isfinite(value).all() for value in outputs.values()):
+            raise BundleError(f"reads.onnx of bundle {self.bundle.manifest.id[:12]} gives values that are not finite")
+        return {name.removeprefix("reads."): value for name, value in outputs.items()}
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """The encoder's own token ids of each text, at least one."""
         with self._lock:
             if self._tokenizer is None:
                 self._tokenizer = _load_tokenizer(self.bundle)
@@ -228,6 +241,8 @@ def _contract(bundle: Bundle, graph: str) -> tuple[dict[str, Axes], dict[str, Ax
         return {"input_ids": (None, None), "attention_mask": (None, None)}, instance
     if graph == "compose.onnx":
         return {**instance, **personal}, {"soft_prompt": soft, **carried}
+    if graph == "reads.onnx":
+        return instance, {f"reads.{spec.name}": (None, personal[spec.name][0]) for spec in manifest.aligned}
     scalars: dict[str, Axes] = dict.fromkeys(SCALARS, ())
     new: dict[str, Axes] = {f"new.{name}": shape for name, shape in {**personal, **moments}.items()}
     return {**instance, **personal, **moments, **carried, **scalars, "gradient": soft}, {**new, "gradient_norm": ()}

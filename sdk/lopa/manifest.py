@@ -20,6 +20,8 @@ MANIFEST = "manifest.json"
 FILES = ("tokenizer.json", "encode.onnx", "compose.onnx", "update.onnx", "factors.safetensors")
 """Those that every bundle has."""
 PRIORS = "priors.safetensors"
+READS = "reads.onnx"
+OPTIONAL = (PRIORS, READS)
 MAX_PRIORS = 32
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_FILE_BYTES = 1 << 30
@@ -86,6 +88,16 @@ class PriorSpec:
 
 
 @dataclass(frozen=True)
+class AlignedSpec:
+    """A personal tensor that a new user's own examples may set before the first step, without changing a soft prompt (`lopa.alignment`)."""
+
+    name: str
+    """Of a personal tensor (h, s); reads.onnx gives what it reads (b, h)."""
+    spread: float = 1.0
+    """Standard deviation, over the examples, of what a column gives."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything that the device needs to know about a bundle. It sees tensors and graphs by name, no profile's meaning."""
 
@@ -110,6 +122,8 @@ class Manifest:
     doesn't name it."""
     priors: tuple[PriorSpec, ...] = ()
     """What is in `priors.safetensors`. A manifest without any doesn't name it."""
+    aligned: tuple[AlignedSpec, ...] = ()
+    """What `reads.onnx` is for. A manifest without any doesn't name it."""
     schema: int = SCHEMA
     signature: str = ""
     """Ed25519 over the id (`lopa.signing`): 128 hex digits, or empty. Not part of what the id is made of."""
@@ -117,7 +131,12 @@ class Manifest:
     @property
     def file_names(self) -> tuple[str, ...]:
         """Of every file but the manifest itself, in the archive's order."""
-        return (*FILES, PRIORS) if self.priors else FILES
+        return (*FILES, *([PRIORS] if self.priors else []), *([READS] if self.aligned else []))
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """Names of the ONNX graphs, without `.onnx`."""
+        return tuple(name.removesuffix(".onnx") for name in self.file_names if name.endswith(".onnx"))
 
     @property
     def id(self) -> str:
@@ -130,7 +149,7 @@ class Manifest:
     def _content(self) -> dict[str, Any]:
         content = dataclasses.asdict(self)
         del content["signature"]
-        for optional in ("carried", "priors"):
+        for optional in ("carried", "priors", "aligned"):
             if not content[optional]:
                 del content[optional]
         return content
@@ -165,6 +184,7 @@ class Manifest:
                 tuning=TuningDefaults(**document["tuning"]),
                 carried=_specs(document.get("carried", ())),
                 priors=tuple(PriorSpec(**prior) for prior in document.get("priors", ())),
+                aligned=tuple(AlignedSpec(**spec) for spec in document.get("aligned", ())),
                 signature=document.get("signature", ""),
             )
             _check(manifest)
@@ -217,6 +237,9 @@ def _check(manifest: Manifest) -> None:
     check_prior_names([str(prior.name) for prior in manifest.priors])
     for prior in manifest.priors:
         real(f"priors.{prior.name}.rate", prior.rate)
+    check_aligned(manifest)
+    for spec in manifest.aligned:
+        real(f"aligned.{spec.name}.spread", spec.spread)
     if set(manifest.files) != set(manifest.file_names):
         expected, found = ", ".join(manifest.file_names), ", ".join(sorted(manifest.files))[:200]
         raise BundleError(f"manifest.files must be exactly {expected}; it has {found}")
@@ -231,6 +254,14 @@ def check_prior_names(names: Sequence[str]) -> None:
     if len(names) > MAX_PRIORS or len(set(names)) != len(names) or not all(map(_PRIOR.fullmatch, names)):
         odd = ", ".join(names)[:200]
         raise BundleError(f"manifest.priors has {odd}; it may have {MAX_PRIORS} different names of up to 40 letters, digits, _ and -")
+
+
+def check_aligned(manifest: Manifest) -> None:
+    """Raises BundleError: names that are not different personal tensors of two axes."""
+    names = [str(spec.name) for spec in manifest.aligned]
+    matrices = {spec.name for spec in manifest.personal if len(spec.shape) == 2}
+    if len(set(names)) != len(names) or not set(names) <= matrices:
+        raise BundleError(f"manifest.aligned has {', '.join(names)[:200]}; it may have different personal tensors of two axes")
 
 
 def check_tensors(field: str, specs: Sequence[TensorSpec]) -> None:

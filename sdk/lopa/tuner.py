@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lopa import examples as data
+from lopa.alignment import aligned
 from lopa.control import Budget, Stopped, pair_bytes
 from lopa.encoded import Encoded, encode_examples
 from lopa.encoder import Composed, Moments, PromptEncoder, Tensors
@@ -137,6 +138,9 @@ class Tuner:
         before = start if self._start is self._current else (yield from self._measure(self._current))
         if not math.isfinite(start):
             raise TuningError("the factors to start from give no finite loss; roll back to a sound version or tune with fresh=True")
+        if self._anew and not prior:  # and so at the plain start, whose soft prompts this does not change
+            targets = [example.target for example in self._training.examples]
+            self._start = yield from work(lambda: aligned(self._encoder, self._start, targets, self._training.instance))
         progress = Progress(plain_nll=plain, before_nll=before, best_nll=min(start, before), validation=[(0, start)], prior=prior)
         moments = Moments.zeros(self._encoder.bundle.manifest.personal)
         best = self._start if start < before else self._current

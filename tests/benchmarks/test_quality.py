@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lopa.alignment import bags
 from lopa.demo.users import TaskSizes
 from lopa_exporters.frozen import FrozenModel, TokenPair
 from lopa_server.models import nano_folder
@@ -25,7 +26,7 @@ from benchmarks.quality.learners.learner import PlainLearner
 from benchmarks.quality.learners.prefix import PrefixLearner
 from benchmarks.quality.learners.prompts import from_lopa
 from benchmarks.quality.learners.shared import rebuilt
-from benchmarks.quality.learners.starts import aligned, bags, directions, longer
+from benchmarks.quality.learners.starts import at_answers, longer
 from benchmarks.quality.learners.weights import full, lora
 from benchmarks.quality.material import Material
 from benchmarks.quality.methods import METHODS, UNTUNED, Bench
@@ -217,29 +218,19 @@ def test_longer_prompts_begin_with_the_bundles(bench: Bench, material: Material)
     assert torch.allclose(long[:, :10], lopa(x), atol=1e-6)
 
 
-def test_aligned_factors_see_the_answers_and_change_nothing_yet(bench: Bench, material: Material) -> None:
+def test_corrections_begin_at_the_answers_as_a_device_s_do(bench: Bench, material: Material) -> None:
+    """The device reads answers with its own tokenizer, the laboratory's variants with the model's."""
     lopa = rebuilt(bench.encoder.bundle, bench.fm, 0, trained=True)
-    start = aligned(lopa, material)
-    x = torch.from_numpy(material.features["x"])
+    start, x, rows = at_answers(lopa, material), torch.from_numpy(material.features["x"]), list(material.training)
     assert torch.equal(start(x), lopa(x))
-    assert {name: tensor.shape for name, tensor in start.start.items()} == {name: tensor.shape for name, tensor in lopa.start.items()}
-    answers = bags(material)
-    assert explained(x[list(material.training)] @ start.start["W1v.Q"], answers) > 1.5 * explained(
-        x[list(material.training)] @ lopa.start["W1v.Q"], answers
-    )
+    tokens = bags([material.pairs[row].target for row in rows])
+    answers, device = torch.from_numpy(tokens), DeviceLearner(bench.fm, bench.encoder, material, priors=False).state()
+    random, ours = (explained(x[rows] @ one.start["W1v.Q"], answers) for one in (lopa, start))
+    assert ours > 1.5 * random
+    assert explained(x[rows] @ torch.from_numpy(device["W1v.Q"]), answers) > 1.5 * random
 
 
 def explained(scores: torch.Tensor, answers: torch.Tensor) -> float:
     """Part of the answers' variance that a linear function of the scores gives."""
     scores, answers = scores - scores.mean(dim=0), answers - answers.mean(dim=0)
     return 1 - ((answers - scores @ torch.linalg.lstsq(scores, answers).solution).square().sum() / answers.square().sum()).item()
-
-
-def test_directions_are_those_in_which_answers_differ() -> None:
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(200, 6, generator=generator)
-    answers = torch.stack((inputs[:, 2] > 0, inputs[:, 2] <= 0), dim=1).float()
-    found = directions(inputs, answers, 4, ridge=0.01)
-    assert found.shape == (6, 1)
-    assert found[:, 0].abs().argmax() == 2
-    assert (inputs @ found).std().item() == pytest.approx(1.0, rel=1e-3)

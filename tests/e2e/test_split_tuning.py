@@ -12,7 +12,7 @@ from lopa.bundle import Bundle
 from lopa.tuning import TuneConfig
 from lopa_exporters.data import Example, build_dataset
 from lopa_exporters.frozen import FrozenModel
-from lopa_exporters.simulate import tune_personal
+from lopa_exporters.simulate import aligned_start, tune_personal
 from lopa_server.app import ServerConfig, start_server
 
 from tests.tiny import build_tiny_fm
@@ -35,7 +35,8 @@ def test_device_and_server_reach_the_factors_of_ordinary_training(tmp_path: Path
     encoder, start = build_tiny_parts(fm, profile=profile)
     model = FrozenModel.load(fm, device="cpu")
     dataset = build_dataset(EXAMPLES, model, encoder, soft_rows=start.config.soft_prompt_rows, standardize=False)
-    reference = tune_personal(model, dataset, start, config, range(len(EXAMPLES)), at_rest=torch.float32)
+    begun = aligned_start(start, dataset.features, [encoder.tokenizer.encode(example.target).ids for example in EXAMPLES])
+    reference = tune_personal(model, dataset, begun, config, range(len(EXAMPLES)), at_rest=torch.float32)
 
     np.testing.assert_allclose(losses, reference.losses, rtol=TOLERANCE)
     assert losses[-1] < losses[0]

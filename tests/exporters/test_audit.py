@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import pytest
 from lopa.bundle import Bundle, digest_file
 from lopa.errors import BundleError
-from lopa.manifest import FILES, MANIFEST, Manifest
+from lopa.manifest import MANIFEST, Manifest
 from lopa.signing import check_signature
 from lopa_exporters.audit import Audit
 from lopa_exporters.signing import create_key, sign_bundle
@@ -33,7 +34,7 @@ def changed(bundle: Bundle, folder: Path, name: str, change: Callable[[onnx.Mode
     change(model)
     onnx.save(model, folder / name)
     text = Manifest.from_json((folder / MANIFEST).read_text())
-    files = {file: digest_file(folder / file) for file in FILES}
+    files = {file: digest_file(folder / file) for file in text.file_names}
     (folder / MANIFEST).write_text(type(text)(**{**vars(text), "files": files}).to_json())
     return Bundle.open(folder)
 
@@ -73,6 +74,7 @@ def test_a_good_bundle_passes(good: Bundle) -> None:
         "structure",
         "starting factors",
         "priors",
+        "aligned tensors",
         "encode: lengths and batches",
         "compose: batches",
         "update: gradient of compose",
@@ -86,6 +88,7 @@ def test_a_good_bundle_passes(good: Bundle) -> None:
         ("compose.onnx", scaled(1.2), "finite difference"),
         ("update.onnx", scaled(0.8), "finite difference"),
         ("encode.onnx", newer, "IR 11"),
+        ("reads.onnx", newer, "IR 11"),
         ("compose.onnx", foreign, "com.microsoft::Gelu"),
         ("update.onnx", outside, "in another file"),
     ],
@@ -97,9 +100,26 @@ def test_what_is_wrong_is_found(good: Bundle, tmp_path: Path, name: str, change:
     assert name in str(failure.value) or name.removesuffix(".onnx") in str(failure.value)
 
 
+def test_aligned_tensors_must_leave_the_starting_soft_prompts_alone(good: Bundle, tmp_path: Path) -> None:
+    """Z's factors start with B zero, not A: a new user's own answers may not set B."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(good.folder, folder)
+    model = onnx.load(folder / "reads.onnx")
+    output = next(value for value in model.graph.output if value.name == "reads.W1v.Q")
+    for node in model.graph.node:
+        node.output[:] = ["reads.Z.B" if name == output.name else name for name in node.output]
+    output.name, output.type.tensor_type.shape.dim[1].dim_value = "reads.Z.B", good.manifest.fm.hidden_size
+    onnx.save(model, folder / "reads.onnx")
+    aligned = tuple(replace(spec, name="Z.B") if spec.name == "W1v.Q" else spec for spec in good.manifest.aligned)
+    files = {**good.manifest.files, "reads.onnx": digest_file(folder / "reads.onnx")}
+    (folder / MANIFEST).write_text(replace(good.manifest, aligned=aligned, files=files).to_json())
+    with pytest.raises(ExportError, match=r"depend on .*Z\.B"):
+        list(Audit(Bundle.open(folder)).run())
+
+
 def test_graphs_in_ort_format(good: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("export", "mobile", good.folder, "--out", tmp_path / "ort") == 0
-    assert sorted(path.name for path in (tmp_path / "ort").iterdir()) == ["compose.ort", "encode.ort", "update.ort"]
+    assert sorted(path.name for path in (tmp_path / "ort").iterdir()) == ["compose.ort", "encode.ort", "reads.ort", "update.ort"]
     assert (tmp_path / "ort" / "encode.ort").read_bytes()[4:8] == b"ORTM"
     assert run("export", "mobile", good.folder, "--out", tmp_path / "ort") == 1
     assert "exists" in capsys.readouterr().err

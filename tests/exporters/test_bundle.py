@@ -32,7 +32,7 @@ def test_the_same_input_gives_the_same_id(fm_folder: Path, bundle: Bundle, tmp_p
 
 def test_no_file_holds_a_path_of_this_machine(bundle: Bundle, fm_folder: Path) -> None:
     traces = [str(Path(__file__).parents[2]), str(fm_folder), str(Path.home()), "site-packages", ".py", "/tmp/"]
-    for name in ("encode.onnx", "compose.onnx", "update.onnx", "manifest.json", "factors.safetensors"):
+    for name in ("encode.onnx", "compose.onnx", "update.onnx", "reads.onnx", "manifest.json", "factors.safetensors"):
         content = bundle.path(name).read_bytes()
         assert not [trace for trace in traces if trace.encode() in content], name
 
@@ -46,6 +46,7 @@ def test_the_manifest_says_what_is_in_the_files(bundle: Bundle, fm_folder: Path,
     assert {name: (array.shape, array.dtype.name) for name, array in start.items()} == {
         spec.name: (spec.shape, "float16") for spec in manifest.personal
     }
+    assert {spec.name for spec in manifest.aligned} == {spec.name for spec in manifest.personal if spec.name.endswith(".Q")}
     assert sum(math.prod(spec.shape) for spec in manifest.personal) == lopa.config.personal_count()
     tokenizer = json.loads(bundle.path("tokenizer.json").read_text())
     assert tokenizer["padding"] is None

@@ -10,7 +10,7 @@ import torch
 from lopa_exporters import graphs, verify
 from lopa_exporters.adamw import bias_correction
 from lopa_exporters.encoder import Encoder
-from lopa_exporters.lopa import LoPA, LoPAConfig, init_lopa, soft_prompt
+from lopa_exporters.lopa import LoPA, LoPAConfig, init_lopa, instance_factor, soft_prompt
 from lopa_exporters.verify import ExportError, Graph
 from onnx import numpy_helper
 from torch import nn
@@ -129,3 +129,25 @@ def test_graphs_use_ordinary_operators_only(tmp_path: Path, lopa: LoPA) -> None:
     assert not model.functions
     assert [(opset.domain, opset.version) for opset in model.opset_import if opset.domain == ""] == [("", graphs.OPSET)]
     assert model.ir_version <= 10
+
+
+def test_reads_are_what_compose_multiplies_q_with(tmp_path: Path) -> None:
+    """By the definition: with P a column of ones and c one, each entry of W x + b rises by what Q reads, times Q."""
+    lopa = make_lopa()
+    graphs.export_reads(lopa, tmp_path / "reads.onnx")
+    verify.verify_reads(tmp_path / "reads.onnx", lopa)
+    x = torch.randn(4, 12, generator=torch.Generator().manual_seed(1))
+    found = Graph(tmp_path / "reads.onnx")(x=x)
+    assert sorted(found) == ["reads.W1u.Q", "reads.W1v.Q", "reads.W2u.Q", "reads.W2v.Q"]
+    plain = instance_factor(lopa.config, {**lopa.shared, **lopa.start}, "v", x)
+    ones = torch.ones_like(lopa.start["W2v.P"])
+    moved = instance_factor(lopa.config, {**lopa.shared, **lopa.start, "W2v.P": ones}, "v", x)
+    rise = (found["reads.W2v.Q"] @ lopa.start["W2v.Q"]).sum(dim=1)
+    assert torch.allclose(moved - plain, rise[:, None, None].expand_as(plain), atol=1e-5)
+    assert torch.equal(found["reads.W1u.Q"], x)
+
+
+def test_a_q_that_the_population_set_is_not_for_the_user_s_examples_to_set() -> None:
+    lopa = make_lopa()
+    start = {**lopa.start, "W1u.P": torch.ones_like(lopa.start["W1u.P"])}
+    assert graphs.aligned(LoPA(lopa.config, lopa.shared, start)) == ["W2u.Q", "W1v.Q", "W2v.Q"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from lopa.bundle import Bundle, digest_file
 from lopa.encoder import Moments, PromptEncoder
-from lopa.manifest import TensorSpec
+from lopa.manifest import AlignedSpec, TensorSpec
 
 from tests.sdk.conftest import variant
 
@@ -89,7 +89,7 @@ def test_sessions_are_made_on_first_use(bundle: Bundle) -> None:
         ({"instance": (TensorSpec("y", (32,)),)}, "other outputs"),
         ({"instance": (TensorSpec("x", (31,)),)}, "output x"),
         ({"rows": 5}, "output soft_prompt"),
-        ({"personal": (TensorSpec("other", (2,)),)}, "other inputs"),
+        ({"personal": (TensorSpec("other", (2, 1)),), "aligned": (AlignedSpec("other"),)}, "other inputs"),
         ({"carried": ()}, "other outputs"),
         ({"carried": (TensorSpec("carried.v", (32, 3)),)}, "output carried.v"),
     ],
@@ -98,6 +98,22 @@ def test_graphs_that_break_the_contract_are_refused(bundle: Bundle, tmp_path: Pa
     encoder = PromptEncoder(variant(bundle, tmp_path / "b", **changes))
     with pytest.raises(lopa.BundleError, match=words):
         encoder.compose(encoder.encode(["x"]), lopa.Factors.start(bundle).tensors)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"aligned": (AlignedSpec("W1u.Q"),)}, "other outputs"),
+        ({"aligned": tuple(map(AlignedSpec, ("W1u.P", "W1v.Q", "W2u.Q", "W2v.Q")))}, "other outputs"),
+        ({"instance": (TensorSpec("y", (32,)),)}, "other inputs"),
+    ],
+)
+def test_a_graph_of_what_is_read_that_breaks_the_contract_is_refused(
+    bundle: Bundle, tmp_path: Path, changes: dict[str, object], words: str
+) -> None:
+    encoder = PromptEncoder(variant(bundle, tmp_path / "b", **changes))
+    with pytest.raises(lopa.BundleError, match=f"reads.onnx has {words}"):
+        encoder.reads({"x": np.zeros((2, 32), np.float32)})
 
 
 @pytest.mark.parametrize("name", ["encode.onnx", "tokenizer.json"])

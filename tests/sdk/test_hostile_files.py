@@ -19,7 +19,7 @@ from lopa.errors import BundleError, FactorsError, FolderError, InvalidRequest, 
 from lopa.examples import text_for_encoder
 from lopa.factors import Factors
 from lopa.folder import PersonaStore, personas
-from lopa.manifest import MANIFEST, Manifest, TensorSpec, TuningDefaults
+from lopa.manifest import MANIFEST, AlignedSpec, Manifest, TensorSpec, TuningDefaults
 from lopa.protocol.requests import prompt_message, target_message
 from lopa.sources import read_jsonl
 from lopa.tune_state import Progress, TuneState, load_state
@@ -193,6 +193,20 @@ def test_tuning_defaults_must_be_numbers_in_range(bundle: Bundle, field: str, va
 def test_a_tensor_beyond_any_use_is_refused(bundle: Bundle, shape: tuple[int, ...]) -> None:
     changed = dataclasses.replace(bundle.manifest, personal=(TensorSpec("a", shape),))
     with pytest.raises(BundleError, match=r"personal\.a\.shape"):
+        Manifest.from_json(changed.to_json())
+
+
+@pytest.mark.parametrize(
+    ("names", "spread", "words"),
+    [
+        (("nobody",), 1.0, "manifest.aligned has nobody"),
+        (("W1u.Q", "W1u.Q"), 1.0, "manifest.aligned has W1u.Q, W1u.Q"),
+        *((("W1u.Q",), spread, r"aligned.W1u.Q.spread") for spread in (0.0, -1.0, float("nan"), float("inf"), "1", True)),
+    ],
+)
+def test_aligned_tensors_out_of_range_are_refused(bundle: Bundle, names: tuple[str, ...], spread: Any, words: str) -> None:
+    changed = dataclasses.replace(bundle.manifest, aligned=tuple(AlignedSpec(name, spread) for name in names))
+    with pytest.raises(BundleError, match=words):
         Manifest.from_json(changed.to_json())
 
 

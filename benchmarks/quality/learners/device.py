@@ -1,4 +1,4 @@
-"""The shipped default: the bundle's own three graphs step the factors, as on a device; only the wire is left out."""
+"""The shipped default: the bundle's own graphs step the factors, as on a device; only the wire is left out."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
+from lopa.alignment import aligned
 from lopa.encoder import PromptEncoder, Tensors
 from lopa.examples import batch
 from lopa.priors import CHOSEN_BY, choose, read_priors
@@ -21,11 +22,15 @@ class DeviceLearner:
     """Starts where a device would: at the bundle's plain start, or at the prior that fits the user's examples."""
 
     def __init__(self, fm: FrozenModel, encoder: PromptEncoder, material: Material, *, priors: bool = True) -> None:
-        """priors: whether the bundle's may be taken."""
+        """priors: whether the bundle's may be taken. Where none is, the factors are aligned with the user's answers."""
         self.fm, self.features = fm, material.features
         self.device = DeviceSteps(fm, encoder)
         self.rate = 1.0
         self.prior = self._begin(material) if priors else ""
+        if not self.prior:
+            rows = list(material.training)
+            targets = [material.items[row].target for row in rows]
+            self.device.factors = aligned(encoder, self.device.factors, targets, self._instance(rows))
         manifest = encoder.bundle.manifest
         size = len(self.device.factors.to_bytes())
         self.footprint = Footprint(self.device.factors.count, device=size, wire=manifest.rows * manifest.fm.hidden_size)

@@ -63,6 +63,7 @@ def read_method(bundle: Bundle) -> tuple[LoPAConfig, Tensors]:
         corrections={name: shapes[f"{name}.P"][1] for name in MATRICES},
         z_gain=graph.constant(gained).item(),
         correction_gain=gain,
+        spread=manifest.aligned[0].spread if manifest.aligned else 1.0,
         inner_std=INNER_STD,
         output_std=OUTPUT_STD,
         dropout=0.0,

@@ -37,14 +37,13 @@ def inspect(bundle: BundleFolder) -> None:
     """Show what a bundle holds: model, encoder, method, personal tensors, operators of each graph."""
     from lopa.bundle import Bundle
 
-    from lopa_exporters.audit import GRAPHS
     from lopa_exporters.structure import check_structure
 
     with failing():
         opened = Bundle.open(bundle)
         rows = describe(opened)
         rows["signed"] = "yes" if opened.manifest.signature else "no"
-        for name in GRAPHS:
+        for name in opened.manifest.graphs:
             structure = check_structure(opened.path(f"{name}.onnx"))
             operators = sorted(structure.operators.items(), key=lambda entry: (-entry[1], entry[0]))
             listed = ", ".join(f"{count} {operator.removeprefix('::')}" for operator, count in operators)
@@ -54,7 +53,7 @@ def inspect(bundle: BundleFolder) -> None:
 
 def mobile(
     bundle: BundleFolder,
-    out: Annotated[Path, typer.Option(help="New folder for encode.ort, compose.ort and update.ort.")],
+    out: Annotated[Path, typer.Option(help="New folder for encode.ort, compose.ort and so on.")],
 ) -> None:
     """Write a bundle's graphs in ORT format, for ONNX Runtime's smaller builds on phones."""
     from lopa.bundle import Bundle

@@ -1,0 +1,92 @@
+"""Where a new user's corrections look first: at what tells the user's own answers apart, instead of in random directions.
+
+A low-rank correction P Q^T has P zero at the start, so Q may be anything without changing a soft prompt. Whatever Q reads there, P can act
+on from the first step. Which directions those should be is a regression of the answers on what Q reads: the reduced-rank regression of
+Izenman 1975, with a ridge. It needs no server.
+
+Legend: n examples, h width of what a tensor reads, t distinct tokens of the answers, s columns of the tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lopa.encoder import PromptEncoder, Tensors
+from lopa.examples import batch
+from lopa.factors import Factors
+from lopa.values import Float32, Target
+
+Float64 = NDArray[np.float64]
+ALIGNED_BY = 512
+"""Training examples that are looked at, at most: the regression costs n^3."""
+RIDGE = 3.0
+"""In units of an example's mean squared length; chosen on development packages among 1, 3 and 10."""
+LARGEST = 1e3
+"""Of an entry: what needs larger ones is told apart by rounding alone, and float16 holds 65,504."""
+
+
+def aligned(encoder: PromptEncoder, start: Factors, targets: Sequence[Target], instance: Tensors) -> Factors:
+    """The same factors, with the tensors that the bundle names (`Manifest.aligned`) at the user's own answers.
+
+    start: factors that give the same soft prompts whatever these tensors hold, as the bundle's plain start does.
+    targets: of the training examples, fewer than two of which tell nothing. instance: their instance tensors, name -> (n, ...).
+    """
+    specs = encoder.bundle.manifest.aligned
+    count = len(targets)
+    if not specs or count < 2:
+        return start
+    some = batch(count, min(count, ALIGNED_BY), 1, 0)
+    answers = bags(tokens_of(encoder, [targets[i] for i in some]))
+    reads = encoder.reads({name: value[some] for name, value in instance.items()})
+    tensors = {spec.name: turned(start.tensors[spec.name], reads[spec.name], answers, spec.spread) for spec in specs}
+    return replace(start, tensors={**start.tensors, **tensors})
+
+
+def tokens_of(encoder: PromptEncoder, targets: Sequence[Target]) -> list[Sequence[int]]:
+    """Each answer's tokens: the encoder's own of a text, or the token ids that were given."""
+    texts = encoder.tokenize([target if isinstance(target, str) else "" for target in targets])
+    return [text if isinstance(target, str) else target for target, text in zip(targets, texts, strict=True)]
+
+
+def bags(answers: Sequence[Sequence[int]]) -> Float32:
+    """(n, t): 1 where an answer has a token."""
+    places = {token: place for place, token in enumerate(sorted(set[int]().union(*answers)))}
+    found = np.zeros((len(answers), len(places)), np.float32)
+    for row, tokens in enumerate(answers):
+        found[row, [places[token] for token in tokens]] = 1.0
+    return found
+
+
+def turned(tensor: Float32, reads: Float32, answers: Float32, spread: float) -> Float32:
+    """A tensor (h, s) whose columns are those of `directions`; columns for which there are none stay.
+
+    spread: standard deviation of what a column gives over the examples.
+    """
+    found = spread * directions(reads, answers, tensor.shape[1])
+    kept = found[:, np.abs(found).max(axis=0, initial=0.0) <= LARGEST].astype(np.float32)
+    return np.concatenate((kept, tensor[:, kept.shape[1] :]), axis=1)
+
+
+def directions(reads: NDArray[Any], answers: NDArray[Any], count: int, ridge: float = RIDGE) -> Float64:
+    """Reduced-rank ridge regression of answers (n, t) on reads (n, h): (h, up to `count`), scores of unit variance, strongest first.
+
+    Fewer where the answers differ in fewer ways.
+    """
+    x, y = (values - values.mean(axis=0, dtype=np.float64) for values in (reads, answers))
+    gram = x @ x.T
+    size = gram.trace() / len(x)
+    if not size > 0:
+        return np.zeros((reads.shape[1], 0))
+    solved = np.linalg.solve(gram + ridge * size * np.eye(len(x)), y)
+    fitted = gram @ solved
+    # The fit's right singular vectors, by way of its products of rows: n is bounded, t is not.
+    squares, left = np.linalg.eigh(fitted @ fitted.T)
+    real = [place for place in range(len(x) - 1, max(-1, len(x) - 1 - count), -1) if squares[place] > 1e-10 * squares[-1]]
+    found: Float64 = x.T @ (solved @ (fitted.T @ left[:, real]))
+    found /= (x @ found).std(axis=0)
+    return found
