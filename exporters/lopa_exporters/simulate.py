@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from lopa.alignment import bags, turned
+from lopa.alignment import shared_tokens, turned
 from lopa.examples import batch
 from lopa.tuning import TuneConfig
 from torch import Tensor, nn
@@ -49,8 +49,10 @@ def aligned_start(lopa: LoPA, x: Tensor, answers: Sequence[Sequence[int]]) -> Lo
 
     x: (n, h) features of the training examples. answers: their tokens, n lists.
     """
-    found, bag = reads(lopa.config, lopa.shared, x), bags(answers)
-    new = {name: torch.from_numpy(turned(lopa.start[name].numpy(), read.numpy(), bag, lopa.config.spread)) for name, read in found.items()}
+    found, common = reads(lopa.config, lopa.shared, x), shared_tokens(answers)
+    new = {
+        name: torch.from_numpy(turned(lopa.start[name].numpy(), read.numpy(), common, lopa.config.spread)) for name, read in found.items()
+    }
     return replace(lopa, start={**lopa.start, **new})
 
 

@@ -4,11 +4,12 @@ A low-rank correction P Q^T has P zero at the start, so Q may be anything withou
 on from the first step. Which directions those should be is a regression of the answers on what Q reads: the reduced-rank regression of
 Izenman 1975, with a ridge. It needs no server.
 
-Legend: n examples, h width of what a tensor reads, t distinct tokens of the answers, s columns of the tensor.
+Legend: n examples, h width of what a tensor reads, s columns of the tensor.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,7 +24,7 @@ from lopa.values import Float32, Target
 
 Float64 = NDArray[np.float64]
 ALIGNED_BY = 512
-"""Training examples that are looked at, at most: the regression costs n^3."""
+"""Training examples that are looked at, at most: the regression costs n^3 in time and n^2 in memory, however long the answers are."""
 RIDGE = 3.0
 """In units of an example's mean squared length; chosen on development packages among 1, 3 and 10."""
 LARGEST = 1e3
@@ -41,7 +42,7 @@ def aligned(encoder: PromptEncoder, start: Factors, targets: Sequence[Target], i
     if not specs or count < 2:
         return start
     some = batch(count, min(count, ALIGNED_BY), 1, 0)
-    answers = bags(tokens_of(encoder, [targets[i] for i in some]))
+    answers = shared_tokens(tokens_of(encoder, [targets[i] for i in some]))
     reads = encoder.reads({name: value[some] for name, value in instance.items()})
     tensors = {spec.name: turned(start.tensors[spec.name], reads[spec.name], answers, spec.spread) for spec in specs}
     return replace(start, tensors={**start.tensors, **tensors})
@@ -53,16 +54,19 @@ def tokens_of(encoder: PromptEncoder, targets: Sequence[Target]) -> list[Sequenc
     return [text if isinstance(target, str) else target for target, text in zip(targets, texts, strict=True)]
 
 
-def bags(answers: Sequence[Sequence[int]]) -> Float32:
-    """(n, t): 1 where an answer has a token."""
-    places = {token: place for place, token in enumerate(sorted(set[int]().union(*answers)))}
-    found = np.zeros((len(answers), len(places)), np.float32)
+def shared_tokens(answers: Sequence[Sequence[int]]) -> Float64:
+    """(n, n): how many distinct tokens two answers have in common, Y Y^T of the bags of tokens Y that are regressed."""
+    having: dict[int, list[int]] = defaultdict(list)
     for row, tokens in enumerate(answers):
-        found[row, [places[token] for token in tokens]] = 1.0
+        for token in set(tokens):
+            having[token].append(row)
+    found = np.zeros((len(answers), len(answers)))
+    for rows in having.values():
+        found[np.ix_(rows, rows)] += 1.0
     return found
 
 
-def turned(tensor: Float32, reads: Float32, answers: Float32, spread: float) -> Float32:
+def turned(tensor: Float32, reads: Float32, answers: Float64, spread: float) -> Float32:
     """A tensor (h, s) whose columns are those of `directions`; columns for which there are none stay.
 
     spread: standard deviation of what a column gives over the examples.
@@ -73,20 +77,21 @@ def turned(tensor: Float32, reads: Float32, answers: Float32, spread: float) -> 
 
 
 def directions(reads: NDArray[Any], answers: NDArray[Any], count: int, ridge: float = RIDGE) -> Float64:
-    """Reduced-rank ridge regression of answers (n, t) on reads (n, h): (h, up to `count`), scores of unit variance, strongest first.
+    """Reduced-rank ridge regression of answers on reads (n, h): (h, up to `count`), scores of unit variance, strongest first.
 
-    Fewer where the answers differ in fewer ways.
+    answers: (n, n), the answers' products with one another. Fewer directions come where the answers differ in fewer ways.
     """
-    x, y = (values - values.mean(axis=0, dtype=np.float64) for values in (reads, answers))
+    x = reads - reads.mean(axis=0, dtype=np.float64)
     gram = x @ x.T
     size = gram.trace() / len(x)
     if not size > 0:
         return np.zeros((reads.shape[1], 0))
-    solved = np.linalg.solve(gram + ridge * size * np.eye(len(x)), y)
-    fitted = gram @ solved
-    # The fit's right singular vectors, by way of its products of rows: n is bounded, t is not.
-    squares, left = np.linalg.eigh(fitted @ fitted.T)
+    centred = answers - answers.mean(axis=0) - answers.mean(axis=1, keepdims=True) + answers.mean()
+    # With K = x x^T and R = (K + ridge)^-1, the fit is K R y; its left singular vectors are eigenvectors of K R (y y^T) R K.
+    inverse = np.linalg.inv(gram + ridge * size * np.eye(len(x)))
+    pulled = inverse @ centred @ inverse
+    squares, left = np.linalg.eigh(gram @ pulled @ gram)
     real = [place for place in range(len(x) - 1, max(-1, len(x) - 1 - count), -1) if squares[place] > 1e-10 * squares[-1]]
-    found: Float64 = x.T @ (solved @ (fitted.T @ left[:, real]))
+    found: Float64 = x.T @ (pulled @ (gram @ left[:, real]))
     found /= (x @ found).std(axis=0)
     return found

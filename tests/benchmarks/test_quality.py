@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lopa.alignment import bags
 from lopa.demo.users import TaskSizes
 from lopa_exporters.frozen import FrozenModel, TokenPair
 from lopa_server.models import nano_folder
@@ -223,8 +222,9 @@ def test_corrections_begin_at_the_answers_as_a_device_s_do(bench: Bench, materia
     lopa = rebuilt(bench.encoder.bundle, bench.fm, 0, trained=True)
     start, x, rows = at_answers(lopa, material), torch.from_numpy(material.features["x"]), list(material.training)
     assert torch.equal(start(x), lopa(x))
-    tokens = bags([material.pairs[row].target for row in rows])
-    answers, device = torch.from_numpy(tokens), DeviceLearner(bench.fm, bench.encoder, material, priors=False).state()
+    device = DeviceLearner(bench.fm, bench.encoder, material, priors=False).state()
+    targets = [material.pairs[row].target for row in rows]
+    answers = torch.tensor([[float(token in target) for token in sorted(set().union(*targets))] for target in targets])
     random, ours = (explained(x[rows] @ one.start["W1v.Q"], answers) for one in (lopa, start))
     assert ours > 1.5 * random
     assert explained(x[rows] @ torch.from_numpy(device["W1v.Q"]), answers) > 1.5 * random

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lopa.alignment import ALIGNED_BY, aligned, bags, directions, turned
+from lopa.alignment import ALIGNED_BY, aligned, directions, shared_tokens, turned
 from lopa.bundle import Bundle
 from lopa.encoder import PromptEncoder
 from lopa.factors import Factors
@@ -35,7 +35,7 @@ def test_directions_are_those_of_ridge_regression_and_a_singular_value_decomposi
     random = np.random.default_rng(examples)
     reads = random.standard_normal((examples, width))
     answers = (reads @ random.standard_normal((width, tokens)) > 1).astype(np.float32)
-    found = directions(reads, answers, count, ridge=0.5)
+    found = directions(reads, answers @ answers.T, count, ridge=0.5)
     x, y = reads - reads.mean(axis=0), answers - answers.mean(axis=0)
     penalty = 0.5 * (x**2).sum() / examples
     weights = np.linalg.solve(x.T @ x + penalty * np.eye(width), x.T @ y)
@@ -47,7 +47,7 @@ def test_directions_are_those_of_ridge_regression_and_a_singular_value_decomposi
 def test_one_direction_tells_two_answers_apart() -> None:
     reads = np.random.default_rng(0).standard_normal((200, 6))
     answers = np.stack((reads[:, 2] > 0, reads[:, 2] <= 0), axis=1)
-    found = directions(reads, answers, 4, ridge=0.01)
+    found = directions(reads, answers.astype(float) @ answers.T, 4, ridge=0.01)
     assert found.shape == (6, 1)
     assert np.abs(found[:, 0]).argmax() == 2
 
@@ -59,7 +59,7 @@ def test_any_answers_give_a_tensor_of_the_same_shape_that_float16_holds(
     """None at all, all alike, all different; more columns than examples; examples that all read the same."""
     reads = np.ones((len(answers), width)) if constant else np.random.default_rng(width).standard_normal((len(answers), width))
     tensor = np.full((width, count), 7.0, np.float32)
-    found = turned(tensor, reads.astype(np.float32), bags(answers), 10.0)
+    found = turned(tensor, reads.astype(np.float32), shared_tokens(answers), 10.0)
     assert found.shape == tensor.shape
     assert found.dtype == np.float32
     assert np.isfinite(found.astype(np.float16)).all()
@@ -69,7 +69,7 @@ def test_what_only_rounding_tells_apart_is_not_read() -> None:
     reads = np.full((8, 3), 0.5, np.float32)
     reads[::2] += np.float32(1e-6)
     tensor = np.random.default_rng(0).standard_normal((3, 2)).astype(np.float32)
-    np.testing.assert_array_equal(turned(tensor, reads, bags([[0], [1]] * 4), 1.0), tensor)
+    np.testing.assert_array_equal(turned(tensor, reads, shared_tokens([[0], [1]] * 4), 1.0), tensor)
 
 
 def test_a_new_user_s_factors_read_the_answers_and_give_the_same_soft_prompts(encoder: PromptEncoder) -> None:
@@ -92,6 +92,10 @@ def test_token_ids_serve_as_answers_too(encoder: PromptEncoder) -> None:
 def test_one_example_tells_nothing_apart(encoder: PromptEncoder) -> None:
     start = Factors.start(encoder.bundle)
     assert aligned(encoder, start, TARGETS[:1], encoder.encode(PROMPTS[:1])) is start
+
+
+def test_shared_tokens_are_counted_once_an_answer() -> None:
+    np.testing.assert_array_equal(shared_tokens([[5, 5, 9], [9], [], [9, 5, 1]]), [[2, 1, 0, 2], [1, 1, 0, 1], [0, 0, 0, 0], [2, 1, 0, 3]])
 
 
 def test_more_examples_than_are_looked_at(encoder: PromptEncoder) -> None:
