@@ -5,6 +5,10 @@
 The settings below come from a few trials on the development packages (`split.json`): neither the population that the shared
 part is trained on nor the held-out users of the demo. At the end those packages are tuned and measured with the new bundle.
 An interrupted run goes on where it stopped.
+
+    python training/bundle.py --shared server/lopa_server/models/lopa_nano_bundle --out build/lopa_nano_bundle
+
+takes the shared part of a bundle that this made, instead of training it: for other gains and start values (DEVICE). Priors come after.
 """
 
 from __future__ import annotations
@@ -12,24 +16,30 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the laboratory's reader of bundles, from the repository's root
+
 import torch
+from lopa.bundle import Bundle
 from lopa.examples import permutation
 from lopa.manifest import TuningDefaults
 from lopa.tuning import TuneConfig
-from lopa_exporters.bundle import export_bundle, read_fm_spec
+from lopa_exporters.bundle import export_bundle, read_fm_spec, replace_method
 from lopa_exporters.cli import TerminalReporter
 from lopa_exporters.cohort import StepSettings
 from lopa_exporters.data import Dataset, build_dataset, read_examples
 from lopa_exporters.encoder import Encoder, EncoderConfig
 from lopa_exporters.frozen import FrozenModel
-from lopa_exporters.lopa import LoPA, LoPAConfig, init_corrections
+from lopa_exporters.lopa import LoPA, LoPAConfig, Tensors, init_corrections
 from lopa_exporters.pipeline import ExportPlan, load_encoder, prepare, start_lopa
 from lopa_exporters.population import PopulationConfig, PopulationTrainer
 from lopa_exporters.simulate import aligned_start, evaluate, tune_personal
+
+from benchmarks.quality.learners.shared import read_method
 
 METHOD = LoPAConfig(
     hidden=1,  # replaced by the models' widths
@@ -84,9 +94,14 @@ def develop(fm: FrozenModel, dataset: Dataset, lopa: LoPA, tuning: TuningDefault
 
 def for_devices(lopa: LoPA, seed: int) -> LoPA:
     """The trained shared part with a flatter gate, under the devices' gains and start values."""
-    config = dataclasses.replace(lopa.config, **DEVICE)
     scaled = {name: GATE_SCALE * lopa.shared[name] for name in ("W2u", "b2u")}
-    return LoPA(config, {**lopa.shared, **scaled}, init_corrections(config, torch.Generator().manual_seed(seed)))
+    return with_start(lopa.config, {**lopa.shared, **scaled}, seed)
+
+
+def with_start(config: LoPAConfig, shared: Tensors, seed: int) -> LoPA:
+    """A shared part that devices can have, under their gains and start values."""
+    config = dataclasses.replace(config, **DEVICE)
+    return LoPA(config, shared, init_corrections(config, torch.Generator().manual_seed(seed)))
 
 
 def main() -> None:
@@ -94,6 +109,7 @@ def main() -> None:
     parser.add_argument("--fm", type=Path, default=Path("build/lopa_nano/model"))
     parser.add_argument("--encoder", type=Path, default=Path("build/lopa_nano_encoder"))
     parser.add_argument("--people", type=Path, default=Path("build/people"), help="folder made by people.py")
+    parser.add_argument("--shared", type=Path, help="a bundle whose shared part is taken instead of trained")
     parser.add_argument("--out", type=Path, default=Path("build/lopa_nano_bundle"))
     parser.add_argument("--run", type=Path, default=Path("build/lopa_nano_bundle.run"))
     parser.add_argument("--steps", type=int, default=700)
@@ -102,6 +118,10 @@ def main() -> None:
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="train under bfloat16 autocast")
     parser.add_argument("--develop", type=int, default=12, help="development persons to measure; 0: none")
     args = parser.parse_args()
+    if args.shared:
+        config, shared = read_method(bundle := Bundle.open(args.shared))
+        replace_method(bundle, with_start(config, shared, ExportPlan.seed), args.out)
+        return
 
     training = PopulationConfig(
         steps=args.steps,

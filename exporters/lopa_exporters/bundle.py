@@ -10,11 +10,12 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from lopa.bundle import Bundle, digest_file
 from lopa.fingerprint import fingerprint_folder
-from lopa.manifest import FILES, MANIFEST, READS, AlignedSpec, EncoderSpec, FMSpec, Manifest, TensorSpec, TuningDefaults
+from lopa.manifest import MANIFEST, OPTIONAL, READS, AlignedSpec, EncoderSpec, FMSpec, Manifest, TensorSpec, TuningDefaults
 from safetensors.torch import save as serialize
 from torch import Tensor
 
@@ -69,15 +70,48 @@ def export_bundle(
         folder = Path(temporary) / "bundle"
         folder.mkdir()
         lopa = _at_rest(lopa, dtype)
-        _write_files(folder, encoder, lopa, dtype)
+        _write_encoder(folder, encoder)
+        _write_method(folder, lopa, dtype)
         if shrink is not None:
             shrink(folder / "encode.onnx")
-        manifest = _manifest(folder, fm, encoder, lopa, tuning or TuningDefaults(), dtype)
-        (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        for _ in Audit(Bundle.open(folder)).run():
-            pass
-        publish(folder, out)
+        _finish(folder, _manifest(fm, encoder, lopa, tuning or TuningDefaults(), dtype), out)
     return Bundle.open(out)
+
+
+def replace_method(bundle: Bundle, lopa: LoPA, out: Path) -> Bundle:
+    """Write a copy of a bundle with another method over the same encoder at `out`, which is replaced as a whole or not at all.
+
+    The copy has no signature, and no priors: they were tuned with the other method.
+
+    Raises:
+        ValueError: the method does not fit the bundle, or `out` exists and is not a bundle.
+        ExportError: a graph is not what torch computes.
+    """
+    (instance,) = bundle.manifest.instance
+    if (lopa.config.hidden, (lopa.config.features,)) != (bundle.manifest.fm.hidden_size, instance.shape):
+        raise ValueError(f"the method's hidden size and features are not those of bundle {bundle.manifest.id[:12]}")
+    check_place(out)
+    dtype = bundle.manifest.personal[0].dtype
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
+        folder = Path(temporary) / "bundle"
+        shutil.copytree(bundle.folder, folder)
+        for name in OPTIONAL:
+            (folder / name).unlink(missing_ok=True)
+        lopa = _at_rest(lopa, dtype)
+        _write_method(folder, lopa, dtype)
+        changed = dataclasses.replace(bundle.manifest, priors=(), signature="", **_method(lopa, dtype))
+        _finish(folder, changed, out)
+    return Bundle.open(out)
+
+
+def _finish(folder: Path, manifest: Manifest, out: Path) -> None:
+    """Digests, the audit, and the bundle in its place."""
+    files = {name: digest_file(folder / name) for name in manifest.file_names}
+    (folder / MANIFEST).write_text(dataclasses.replace(manifest, files=files).to_json(), encoding="utf-8")
+    for _ in Audit(Bundle.open(folder)).run():
+        pass
+    publish(folder, out)
 
 
 def check_place(out: Path) -> None:
@@ -92,12 +126,17 @@ def _at_rest(lopa: LoPA, dtype: str) -> LoPA:
     return dataclasses.replace(lopa, start=start)
 
 
-def _write_files(folder: Path, encoder: Encoder | NoEncoder, lopa: LoPA, dtype: str) -> None:
-    """Everything but the manifest; each graph is verified as soon as it is written."""
+def _write_encoder(folder: Path, encoder: Encoder | NoEncoder) -> None:
+    """Tokenizer and encode.onnx, verified."""
     encoder.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    encode, compose, update = (folder / f"{name}.onnx" for name in ("encode", "compose", "update"))
+    encode = folder / "encode.onnx"
     graphs.export_encode(encoder, encoder.config.max_tokens, encode)
     verify.verify_encode(encode, encoder, encoder.width, encoder.tokenizer.get_vocab_size(), encoder.config.max_tokens)
+
+
+def _write_method(folder: Path, lopa: LoPA, dtype: str) -> None:
+    """Starting factors, and the other graphs; each is verified as soon as it is written."""
+    compose, update = folder / "compose.onnx", folder / "update.onnx"
     graphs.export_compose(lopa, compose)
     verify.verify_compose(compose, lopa)
     graphs.export_update(lopa, update)
@@ -109,23 +148,30 @@ def _write_files(folder: Path, encoder: Encoder | NoEncoder, lopa: LoPA, dtype: 
     (folder / "factors.safetensors").write_bytes(serialize(tensors))
 
 
-def _manifest(folder: Path, fm: FMSpec, encoder: Encoder | NoEncoder, lopa: LoPA, tuning: TuningDefaults, dtype: str) -> Manifest:
-    config = lopa.config
-    aligned = tuple(AlignedSpec(name, config.spread) for name in graphs.aligned(lopa))
+def _manifest(fm: FMSpec, encoder: Encoder | NoEncoder, lopa: LoPA, tuning: TuningDefaults, dtype: str) -> Manifest:
+    """All but the files' digests."""
     return Manifest(
         fm=fm,
         encoder=EncoderSpec(encoder.config.label, encoder.config.max_tokens, encoder.config.truncation_side),
-        rows=config.soft_prompt_rows,
-        rank=config.rank if config.has_instance_part else 0,
-        composition=config.composition,
-        profile=config.profile,
-        instance=(TensorSpec(graphs.INSTANCE, (config.features,)),),
-        personal=tuple(TensorSpec(name, tuple(tensor.shape), dtype) for name, tensor in lopa.start.items()),
-        files={name: digest_file(folder / name) for name in (*FILES, *([READS] if aligned else []))},
+        instance=(TensorSpec(graphs.INSTANCE, (lopa.config.features,)),),
+        files={},
         tuning=tuning,
-        carried=tuple(TensorSpec(name, shape) for name, shape in graphs.carried(config).items()),
-        aligned=aligned,
+        **_method(lopa, dtype),
     )
+
+
+def _method(lopa: LoPA, dtype: str) -> dict[str, Any]:
+    """The manifest's fields that say what the method is."""
+    config = lopa.config
+    return {
+        "rows": config.soft_prompt_rows,
+        "rank": config.rank if config.has_instance_part else 0,
+        "composition": config.composition,
+        "profile": config.profile,
+        "personal": tuple(TensorSpec(name, tuple(tensor.shape), dtype) for name, tensor in lopa.start.items()),
+        "carried": tuple(TensorSpec(name, shape) for name, shape in graphs.carried(config).items()),
+        "aligned": tuple(AlignedSpec(name, config.spread) for name in graphs.aligned(lopa)),
+    }
 
 
 def publish(folder: Path, out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -10,13 +11,13 @@ from pathlib import Path
 import pytest
 from lopa.bundle import Bundle
 from lopa_exporters import verify
-from lopa_exporters.bundle import export_bundle, read_fm_spec
+from lopa_exporters.bundle import export_bundle, read_fm_spec, replace_method
 from lopa_exporters.encoder import Encoder
 from lopa_exporters.lopa import LoPA
 from lopa_exporters.verify import ExportError
 from safetensors.numpy import load_file
 
-from tests.tiny_bundle import build_tiny_bundle
+from tests.tiny_bundle import build_tiny_bundle, build_tiny_parts
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,17 @@ def test_a_graph_that_is_wrong_leaves_the_old_bundle(
         export_bundle(out, fm=read_fm_spec(fm_folder), encoder=encoder, lopa=lopa)
     assert Bundle.open(out).manifest == bundle.manifest
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_the_same_method_over_the_same_encoder_gives_the_same_bundle(bundle: Bundle, fm_folder: Path, tmp_path: Path) -> None:
+    """What `training/bundle.py --shared` does with the shipped bundle."""
+    _, lopa = build_tiny_parts(fm_folder)
+    assert replace_method(bundle, lopa, tmp_path / "same").manifest.id == bundle.manifest.id
+    other = dataclasses.replace(lopa, config=dataclasses.replace(lopa.config, spread=3.0))
+    assert {spec.spread for spec in replace_method(bundle, other, tmp_path / "other").manifest.aligned} == {3.0}
+    with pytest.raises(ValueError, match="not those of bundle"):
+        replace_method(bundle, dataclasses.replace(lopa, config=dataclasses.replace(lopa.config, features=31)), tmp_path / "no")
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_folder_that_is_no_bundle_is_not_touched(fm_folder: Path, encoder: Encoder, lopa: LoPA, tmp_path: Path) -> None:
