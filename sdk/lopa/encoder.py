@@ -80,13 +80,11 @@ class PromptEncoder:
         Raises:
             BundleError: a graph that breaks the contract. InvalidRequest: a text with a lone surrogate.
         """
-        for i, text in enumerate(texts):
-            unicode_text(text, f"texts[{i}]")
         specs = self.bundle.manifest.instance
+        ids = self.tokenize(texts)
         result = {spec.name: np.empty((len(texts), *spec.shape), np.float32) for spec in specs}
         if not specs or not texts:
             return result
-        ids = self.tokenize(texts)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
@@ -162,7 +160,13 @@ class PromptEncoder:
         return {name.removeprefix("reads."): value for name, value in outputs.items()}
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """The encoder's own token ids of each text, at least one."""
+        """The encoder's own token ids of each text, at least one.
+
+        Raises:
+            InvalidRequest: a text with a lone surrogate.
+        """
+        for i, text in enumerate(texts):
+            unicode_text(text, f"texts[{i}]")
         with self._lock:
             if self._tokenizer is None:
                 self._tokenizer = _load_tokenizer(self.bundle)

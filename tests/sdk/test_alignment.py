@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lopa
 import numpy as np
 import pytest
 from hypothesis import given
@@ -87,6 +88,12 @@ def test_token_ids_serve_as_answers_too(encoder: PromptEncoder) -> None:
     start, instance = Factors.start(encoder.bundle), encoder.encode(PROMPTS)
     found = aligned(encoder, start, [[1, 2] if target == "geometry" else [3] for target in TARGETS], instance)
     assert not np.array_equal(found.tensors["W1v.Q"], start.tensors["W1v.Q"])
+
+
+def test_an_answer_that_is_no_text_is_a_typed_error(encoder: PromptEncoder) -> None:
+    """It may be the first that looks at this example: neither measured nor among those that a prior is chosen by."""
+    with pytest.raises(lopa.InvalidRequest, match="lone surrogate"):
+        aligned(encoder, Factors.start(encoder.bundle), ["fine", "\ud800"], encoder.encode(PROMPTS[:2]))
 
 
 def test_one_example_tells_nothing_apart(encoder: PromptEncoder) -> None:
