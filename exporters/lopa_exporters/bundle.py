@@ -22,7 +22,7 @@ from torch import Tensor
 from lopa_exporters import graphs, verify
 from lopa_exporters.audit import Audit
 from lopa_exporters.encoder import Encoder, NoEncoder
-from lopa_exporters.lopa import LoPA
+from lopa_exporters.lopa import LoPA, aligned
 
 DTYPES = {"F16": torch.float16, "F32": torch.float32}
 
@@ -141,7 +141,7 @@ def _write_method(folder: Path, lopa: LoPA, dtype: str) -> None:
     verify.verify_compose(compose, lopa)
     graphs.export_update(lopa, update)
     verify.verify_update(update, lopa)
-    if graphs.aligned(lopa):
+    if aligned(lopa):
         graphs.export_reads(lopa, folder / READS)
         verify.verify_reads(folder / READS, lopa)
     tensors: dict[str, Tensor] = {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in lopa.start.items()}
@@ -170,7 +170,7 @@ def _method(lopa: LoPA, dtype: str) -> dict[str, Any]:
         "profile": config.profile,
         "personal": tuple(TensorSpec(name, tuple(tensor.shape), dtype) for name, tensor in lopa.start.items()),
         "carried": tuple(TensorSpec(name, shape) for name, shape in graphs.carried(config).items()),
-        "aligned": tuple(AlignedSpec(name, config.spread) for name in graphs.aligned(lopa)),
+        "aligned": tuple(AlignedSpec(name, config.spread) for name in aligned(lopa)),
     }
 
 

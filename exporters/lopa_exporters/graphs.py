@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lopa_exporters.adamw import adam_factors, adamw, groups, joined, parted
-from lopa_exporters.lopa import LoPA, LoPAConfig, Tensors, instance_factor, of_head, reads, soft_prompt
+from lopa_exporters.lopa import LoPA, LoPAConfig, Tensors, aligned, instance_factor, of_head, reads, soft_prompt
 from lopa_exporters.structure import ExportError
 
 OPSET = 18
@@ -134,14 +134,6 @@ def export_compose(lopa: LoPA, path: Path) -> None:
     inputs = (torch.randn(3, lopa.config.features), *lopa.start.values())
     axes = {INSTANCE: {0: torch.export.Dim("batch", min=1)}, **{name: {} for name in lopa.start}}
     _export(_Bound(compose_function(lopa), lopa.shared), inputs, axes, ["soft_prompt", *carried(lopa.config)], path)
-
-
-def aligned(lopa: LoPA) -> list[str]:
-    """Names of the personal tensors that a user's own examples may set before the first step: each Q whose P is zero.
-
-    None where the start values came from the population (`PopulationConfig.start_rate`): there Q has learnt what to read.
-    """
-    return [name for name in lopa.start if name.endswith(".Q") and not lopa.start[name.replace(".Q", ".P")].any()]
 
 
 def export_reads(lopa: LoPA, path: Path) -> None:

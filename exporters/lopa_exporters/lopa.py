@@ -203,6 +203,14 @@ def reads(config: LoPAConfig, shared: Mapping[str, Tensor], x: Tensor) -> Tensor
     return {f"{name}.Q": x if name.startswith("W1") else inner[name[-1]] for name in MATRICES if name in config.corrections}
 
 
+def aligned(lopa: LoPA) -> list[str]:
+    """Names of the personal tensors that a user's own examples may set before the first step: each Q whose P is zero.
+
+    None where the start values came from the population (`PopulationConfig.start_rate`): there Q has learnt what to read.
+    """
+    return [name for name in lopa.start if name.endswith(".Q") and not lopa.start[name.replace(".Q", ".P")].any()]
+
+
 def of_head(name: str, side: str) -> bool:
     """Whether a tensor belongs to the head that makes U or V."""
     return name.partition(".")[0] in {f"{kind}{side}" for kind in ("W1", "b1", "W2", "b2")}

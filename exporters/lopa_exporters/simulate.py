@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lopa_exporters.data import Dataset, Indices
 from lopa_exporters.frozen import FrozenModel
-from lopa_exporters.lopa import LoPA, Tensors, reads, soft_prompt
+from lopa_exporters.lopa import LoPA, Tensors, aligned, reads, soft_prompt
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class Tuned:
 
 
 def aligned_start(lopa: LoPA, x: Tensor, answers: Sequence[Sequence[int]]) -> LoPA:
-    """Every correction's Q at what tells a user's own answers apart, as a device begins (`lopa.alignment`); soft prompts stay as they are.
+    """The aligned tensors at what tells a user's own answers apart, as a device begins (`lopa.alignment`); soft prompts stay as they are.
 
     x: (n, h) features of the training examples. answers: their tokens, n lists.
     """
     found, common = reads(lopa.config, lopa.shared, x), shared_tokens(answers)
     new = {
-        name: torch.from_numpy(turned(lopa.start[name].numpy(), read.numpy(), common, lopa.config.spread)) for name, read in found.items()
+        name: torch.from_numpy(turned(lopa.start[name].numpy(), found[name].numpy(), common, lopa.config.spread)) for name in aligned(lopa)
     }
     return replace(lopa, start={**lopa.start, **new})
 

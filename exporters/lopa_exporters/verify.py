@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from lopa_exporters.adamw import BETA2, EPSILON
 from lopa_exporters.encoder import pad_right
-from lopa_exporters.graphs import INSTANCE, MOMENTS, SCALARS, aligned, carried, initial_moments
-from lopa_exporters.lopa import LoPA, Tensors, instance_factor, reads, soft_prompt
+from lopa_exporters.graphs import INSTANCE, MOMENTS, SCALARS, carried, initial_moments
+from lopa_exporters.lopa import LoPA, Tensors, aligned, instance_factor, reads, soft_prompt
 from lopa_exporters.quantize import session_of
 from lopa_exporters.structure import ExportError
 

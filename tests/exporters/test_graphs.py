@@ -10,7 +10,7 @@ import torch
 from lopa_exporters import graphs, verify
 from lopa_exporters.adamw import bias_correction
 from lopa_exporters.encoder import Encoder
-from lopa_exporters.lopa import LoPA, LoPAConfig, init_lopa, instance_factor, soft_prompt
+from lopa_exporters.lopa import LoPA, LoPAConfig, aligned, init_lopa, instance_factor, soft_prompt
 from lopa_exporters.verify import ExportError, Graph
 from onnx import numpy_helper
 from torch import nn
@@ -150,4 +150,4 @@ def test_reads_are_what_compose_multiplies_q_with(tmp_path: Path) -> None:
 def test_a_q_that_the_population_set_is_not_for_the_user_s_examples_to_set() -> None:
     lopa = make_lopa()
     start = {**lopa.start, "W1u.P": torch.ones_like(lopa.start["W1u.P"])}
-    assert graphs.aligned(LoPA(lopa.config, lopa.shared, start)) == ["W2u.Q", "W1v.Q", "W2v.Q"]
+    assert aligned(LoPA(lopa.config, lopa.shared, start)) == ["W2u.Q", "W1v.Q", "W2v.Q"]
