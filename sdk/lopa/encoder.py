@@ -178,9 +178,11 @@ class PromptEncoder:
         session = self._session(graph)
         names = [*outputs] or [output.name for output in session.get_outputs()]
         try:
-            return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+            found = dict(zip(names, session.run(names, dict(feeds)), strict=True))
         except Exception as error:  # ONNX Runtime's errors share no base class
             raise BundleError(f"{graph} of bundle {self.bundle.manifest.id[:12]} failed: {str(error)[:300]}") from error
+        _check_values(self.bundle, graph, feeds, found)
+        return found
 
     def _session(self, graph: str) -> onnxruntime.InferenceSession:
         with self._lock:
@@ -250,6 +252,16 @@ def _contract(bundle: Bundle, graph: str) -> tuple[dict[str, Axes], dict[str, Ax
     scalars: dict[str, Axes] = dict.fromkeys(SCALARS, ())
     new: dict[str, Axes] = {f"new.{name}": shape for name, shape in {**personal, **moments}.items()}
     return {**instance, **personal, **moments, **carried, **scalars, "gradient": soft}, {**new, "gradient_norm": ()}
+
+
+def _check_values(bundle: Bundle, graph: str, feeds: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Shapes as they came: a graph may compute an axis that it declares without a size, and one that it declares is not held to it."""
+    inputs, outputs = _contract(bundle, graph)
+    batch = next((len(feeds[name]) for name, axes in inputs.items() if axes[:1] == (None,)), None)
+    for name, value in found.items():
+        axes = tuple(batch if size is None else size for size in outputs[name])
+        if len(value.shape) != len(axes) or any(want not in (None, got) for got, want in zip(value.shape, axes, strict=True)):
+            raise BundleError(f"{graph}: output {name} came as {list(value.shape)}; {list(axes)} is asked for")
 
 
 def _check_side(graph: str, side: str, nodes: Sequence[Any], expected: Mapping[str, Axes]) -> None:

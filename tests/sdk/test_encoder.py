@@ -7,6 +7,7 @@ from pathlib import Path
 
 import lopa
 import numpy as np
+import onnx
 import pytest
 from lopa.bundle import Bundle, digest_file
 from lopa.encoder import Moments, PromptEncoder
@@ -114,6 +115,39 @@ def test_a_graph_of_what_is_read_that_breaks_the_contract_is_refused(
     encoder = PromptEncoder(variant(bundle, tmp_path / "b", **changes))
     with pytest.raises(lopa.BundleError, match=f"reads.onnx has {words}"):
         encoder.reads({"x": np.zeros((2, 32), np.float32)})
+
+
+def cut_as_it_runs(bundle: Bundle, folder: Path, graph: str, output: str, axis: int) -> Bundle:
+    """A bundle one of whose graphs gives a single element along an axis, which nothing shows before it runs."""
+    model = onnx.load(bundle.path(graph))
+    for node in model.graph.node:
+        node.output[:] = ["whole" if name == output else name for name in node.output]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([True]), "first"))
+    model.graph.node.append(onnx.helper.make_node("Compress", ["whole", "first"], [output], axis=axis))
+    copy = variant(bundle, folder / "first")
+    onnx.save(model, copy.path(graph))
+    return variant(copy, folder / "second", files={**copy.manifest.files, graph: digest_file(copy.path(graph))})
+
+
+@pytest.mark.parametrize(
+    ("graph", "output", "axis"),
+    [
+        ("encode.onnx", "x", 1),
+        ("reads.onnx", "reads.W2u.Q", 0),
+        ("reads.onnx", "reads.W2u.Q", 1),
+        ("compose.onnx", "soft_prompt", 0),
+        ("compose.onnx", "soft_prompt", 1),
+        ("update.onnx", "new.W1v.Q", 0),
+    ],
+)
+def test_shapes_are_held_to_the_contract_as_they_come(bundle: Bundle, tmp_path: Path, graph: str, output: str, axis: int) -> None:
+    encoder = PromptEncoder(cut_as_it_runs(bundle, tmp_path, graph, output, axis))
+    start, moments = lopa.Factors.start(bundle).tensors, Moments.zeros(bundle.manifest.personal)
+    settings = {"learning_rate": 1e-3, "weight_decay": 0.0, "clip": 1.0, "step": 1}
+    with pytest.raises(lopa.BundleError, match=rf"{graph}: output {output} came as \["):
+        instance = encoder.encode(TEXTS)
+        encoder.reads(instance)
+        encoder.update(instance, start, moments, np.ones_like(encoder.compose(instance, start)), **settings)
 
 
 @pytest.mark.parametrize("name", ["encode.onnx", "tokenizer.json"])
