@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,12 @@ MAX_FILE_BYTES = 1 << 30
 MAX_AXES = 8
 MAX_ELEMENTS = 1 << 28
 """Of one tensor: 1 GiB as float32."""
+MAX_INSTANCE = 1 << 20
+"""Numbers that encode gives for one text, which are kept for every example of a run."""
+MAX_READ = 1 << 17
+"""Numbers that reads gives for one example."""
+MAX_LABEL = 1000
+"""Characters of a name for people."""
 _HEX = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9_.]{1,100}")
 _PRIOR = re.compile(r"[A-Za-z0-9_-]{1,40}")
@@ -217,6 +224,12 @@ def _check(manifest: Manifest) -> None:
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= largest or (value == 0 and not zero):
             raise BundleError(f"manifest.{field} is {value!r}; it must be a finite number {'from' if zero else 'above'} 0")
 
+    labels = {"fm.name": manifest.fm.name, "encoder.name": manifest.encoder.name, "profile": manifest.profile}
+    labels |= {f"priors.{i}.name": prior.name for i, prior in enumerate(manifest.priors)}
+    labels |= {f"aligned.{i}.name": spec.name for i, spec in enumerate(manifest.aligned)}
+    for field, label in labels.items():
+        if not isinstance(label, str) or len(label) > MAX_LABEL:
+            raise BundleError(f"manifest.{field} is {reprlib.repr(label)}; it must be text of up to {MAX_LABEL} characters")
     integer("rows", manifest.rows, 1, 4096)
     integer("rank", manifest.rank, 0, 1024)
     integer("fm.hidden_size", manifest.fm.hidden_size, 1, 1 << 16)
@@ -234,7 +247,8 @@ def _check(manifest: Manifest) -> None:
         raise BundleError("manifest.fm.fingerprint must be 64 lower-case hex digits")
     for kind, specs in (("instance", manifest.instance), ("personal", manifest.personal), ("carried", manifest.carried)):
         check_tensors(f"manifest.{kind}", specs)
-    check_prior_names([str(prior.name) for prior in manifest.priors])
+    integer("instance, all elements", sum(math.prod(spec.shape) for spec in manifest.instance), 0, MAX_INSTANCE)
+    check_prior_names([prior.name for prior in manifest.priors])
     for prior in manifest.priors:
         real(f"priors.{prior.name}.rate", prior.rate)
     check_aligned(manifest)
@@ -257,11 +271,12 @@ def check_prior_names(names: Sequence[str]) -> None:
 
 
 def check_aligned(manifest: Manifest) -> None:
-    """Raises BundleError: names that are not different personal tensors of two axes."""
-    names = [str(spec.name) for spec in manifest.aligned]
-    matrices = {spec.name for spec in manifest.personal if len(spec.shape) == 2}
-    if len(set(names)) != len(names) or not set(names) <= matrices:
+    """Raises BundleError: names that are not different personal tensors of two axes, or that read too much."""
+    names = [spec.name for spec in manifest.aligned]
+    heights = {spec.name: spec.shape[0] for spec in manifest.personal if len(spec.shape) == 2}
+    if len(set(names)) != len(names) or not set(names) <= set(heights):
         raise BundleError(f"manifest.aligned has {', '.join(names)[:200]}; it may have different personal tensors of two axes")
+    _integer("manifest.aligned, all that is read", sum(heights[name] for name in names), 0, MAX_READ)
 
 
 def check_tensors(field: str, specs: Sequence[TensorSpec]) -> None:

@@ -19,7 +19,7 @@ from lopa.errors import BundleError, FactorsError, FolderError, InvalidRequest, 
 from lopa.examples import text_for_encoder
 from lopa.factors import Factors
 from lopa.folder import PersonaStore, personas
-from lopa.manifest import MANIFEST, AlignedSpec, Manifest, TensorSpec, TuningDefaults
+from lopa.manifest import MANIFEST, AlignedSpec, Manifest, PriorSpec, TensorSpec, TuningDefaults
 from lopa.protocol.requests import prompt_message, target_message
 from lopa.sources import read_jsonl
 from lopa.tune_state import Progress, TuneState, load_state
@@ -208,6 +208,35 @@ def test_aligned_tensors_out_of_range_are_refused(bundle: Bundle, names: tuple[s
     changed = dataclasses.replace(bundle.manifest, aligned=tuple(AlignedSpec(name, spread) for name in names))
     with pytest.raises(BundleError, match=words):
         Manifest.from_json(changed.to_json())
+
+
+def test_a_width_that_would_fill_the_memory_is_refused(bundle: Bundle) -> None:
+    """Instance tensors are kept for every example; what aligned tensors read is for hundreds at a time."""
+    wide = TensorSpec("wide", (1 << 20, 1), "F16")
+    for changes, words in (
+        ({"instance": (TensorSpec("x", (1 << 24, 16)),)}, "manifest.instance, all elements is 268435456"),
+        (
+            {"personal": (*bundle.manifest.personal, wide), "aligned": (AlignedSpec("wide"),)},
+            "manifest.aligned, all that is read is 1048576",
+        ),
+    ):
+        with pytest.raises(BundleError, match=words):
+            Manifest.from_json(dataclasses.replace(bundle.manifest, **changes).to_json())
+
+
+@pytest.mark.parametrize("name", [None, 5, "x" * 2000])
+def test_names_that_are_no_short_text_are_refused(bundle: Bundle, name: Any) -> None:
+    """A persona's record or its tuning file would hold them and then not be read again."""
+    manifest = bundle.manifest
+    for changes, field in (
+        ({"fm": dataclasses.replace(manifest.fm, name=name)}, r"fm\.name"),
+        ({"encoder": dataclasses.replace(manifest.encoder, name=name)}, r"encoder\.name"),
+        ({"profile": name}, "profile"),
+        ({"priors": (PriorSpec(name),)}, r"priors\.0\.name"),
+        ({"aligned": (AlignedSpec(name),), "personal": (TensorSpec(str(name)[:100], (2, 2)),)}, r"aligned\.0\.name"),
+    ):
+        with pytest.raises(BundleError, match=rf"manifest\.{field} is .* text"):
+            Manifest.from_json(dataclasses.replace(manifest, **changes).to_json())
 
 
 def test_a_deep_manifest_is_refused() -> None:
