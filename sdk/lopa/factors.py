@@ -68,8 +68,11 @@ class Factors:
         """A bundle's starting values.
 
         Raises:
-            FactorsError: the bundle's file does not fit its manifest.
+            FactorsError: the bundle's file does not fit its manifest, or a value is not finite.
         """
         manifest = bundle.manifest
         tensors = read_tensors(bundle.path("factors.safetensors").read_bytes(), manifest.personal)
-        return cls(tensors, manifest.personal, manifest.id, manifest.fm.fingerprint)
+        start = cls(tensors, manifest.personal, manifest.id, manifest.fm.fingerprint)
+        if not start.finite:
+            raise FactorsError(f"factors.safetensors of bundle {manifest.id[:12]} has values that are not finite")
+        return start

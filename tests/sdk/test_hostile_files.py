@@ -22,6 +22,7 @@ from lopa.folder import PersonaStore, personas
 from lopa.manifest import MANIFEST, AlignedSpec, Manifest, PriorSpec, TensorSpec, TuningDefaults
 from lopa.protocol.requests import prompt_message, target_message
 from lopa.sources import read_jsonl
+from lopa.tensorfile import write_tensors
 from lopa.tune_state import Progress, TuneState, load_state
 
 DEEP = "[" * 200_000
@@ -237,6 +238,20 @@ def test_names_that_are_no_short_text_are_refused(bundle: Bundle, name: Any) -> 
     ):
         with pytest.raises(BundleError, match=rf"manifest\.{field} is .* text"):
             Manifest.from_json(dataclasses.replace(manifest, **changes).to_json())
+
+
+def test_a_start_that_is_not_finite_makes_no_persona(bundle: Bundle, store: PersonaStore, tmp_path: Path) -> None:
+    """Its first version could never be read back; nor may a migration begin there."""
+    copy = extract_archive(archived(bundle, tmp_path), tmp_path / "copy")
+    specs = bundle.manifest.personal
+    copy.path("factors.safetensors").write_bytes(write_tensors({spec.name: np.full(spec.shape, np.nan) for spec in specs}, specs, {}))
+    new = PersonaStore(tmp_path / "new", "default")
+    with pytest.raises(FactorsError, match=r"factors\.safetensors of bundle .* not finite"):
+        new.create(copy)
+    assert not new.exists
+    with pytest.raises(FactorsError, match="not finite"):
+        store.rebase(copy)
+    assert store.factors(store.record()).bundle_id == bundle.manifest.id
 
 
 def test_a_deep_manifest_is_refused() -> None:
