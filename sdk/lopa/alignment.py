@@ -91,7 +91,8 @@ def directions(reads: NDArray[Any], answers: NDArray[Any], count: int, ridge: fl
     inverse = np.linalg.inv(gram + ridge * size * np.eye(len(x)))
     pulled = inverse @ centred @ inverse
     squares, left = np.linalg.eigh(gram @ pulled @ gram)
-    real = [place for place in range(len(x) - 1, max(-1, len(x) - 1 - count), -1) if squares[place] > 1e-10 * squares[-1]]
+    least = 1e-10 * centred.trace()  # of their sum if all could be told: where nothing read tells any apart, the largest is rounding too
+    real = [place for place in range(len(x) - 1, max(-1, len(x) - 1 - count), -1) if squares[place] > least]
     found: Float64 = x.T @ (pulled @ (gram @ left[:, real]))
     found /= (x @ found).std(axis=0)
     return found

@@ -73,6 +73,14 @@ def test_what_only_rounding_tells_apart_is_not_read() -> None:
     np.testing.assert_array_equal(turned(tensor, reads, shared_tokens([[0], [1]] * 4), 1.0), tensor)
 
 
+@pytest.mark.filterwarnings("error")
+def test_answers_that_nothing_read_tells_apart_give_no_direction() -> None:
+    """Each prompt came twice, with one answer and with the other: what remains is rounding, or exactly zero."""
+    reads = np.random.default_rng(0).standard_normal((2, 5)).repeat(2, axis=0)
+    assert directions(reads, shared_tokens([[1], [2], [1], [2]]), 3).shape == (5, 0)
+    assert directions(np.array([[1.0], [-1.0]] * 2), shared_tokens([[1], [1], [2], [2]]), 3).shape == (1, 0)
+
+
 def test_a_new_user_s_factors_read_the_answers_and_give_the_same_soft_prompts(encoder: PromptEncoder) -> None:
     start, instance = Factors.start(encoder.bundle), encoder.encode(PROMPTS)
     found = aligned(encoder, start, TARGETS, instance)
