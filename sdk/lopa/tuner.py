@@ -138,12 +138,12 @@ class Tuner:
         before = start if self._start is self._current else (yield from self._measure(self._current))
         if not math.isfinite(start):
             raise TuningError("the factors to start from give no finite loss; roll back to a sound version or tune with fresh=True")
+        best = self._start if start < before else self._current  # as measured, not as aligned: what a bundle says of that is not relied on
         if self._anew and not prior:  # and so at the plain start, whose soft prompts this does not change
             targets = [example.target for example in self._training.examples]
             self._start = yield from work(lambda: aligned(self._encoder, self._start, targets, self._training.instance))
         progress = Progress(plain_nll=plain, before_nll=before, best_nll=min(start, before), validation=[(0, start)], prior=prior)
         moments = Moments.zeros(self._encoder.bundle.manifest.personal)
-        best = self._start if start < before else self._current
         state = TuneState(self._digest(), self._start.tensors, moments, best.tensors, progress)
         self._account(progress)
         state.save(self._store)

@@ -11,9 +11,11 @@ import pytest
 from lopa.bundle import Bundle
 from lopa.folder import PersonaStore
 from lopa.manifest import FMSpec
+from lopa.tensorfile import read_metadata
+from lopa.tune_state import load_state
 from lopa.tuning import TuneOptions
 
-from tests.sdk.conftest import EXAMPLES, variant
+from tests.sdk.conftest import EXAMPLES, SETTINGS, variant
 
 HELD_OUT = [lopa.Example(f"def other_{i}(a, b):\n    return ", "a + b\n") for i in range(3)]
 
@@ -188,3 +190,19 @@ def test_what_cannot_be_tuned_on_is_said(
     with pytest.raises(lopa.TuningError, match=words):
         persona.tune(examples, **options)  # type: ignore[arg-type]
     assert persona.version == 1 and not persona.unfinished
+
+
+def test_what_was_measured_is_what_is_kept(client: lopa.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bundle may call tensors aligned that change soft prompts: the guard keeps the start that it measured, not what became of it."""
+    start, store = client.personal(tmp_path / "me").factors, PersonaStore(tmp_path / "me", "default")
+    worse = dataclasses.replace(start, tensors={name: value + np.float32(0.5) for name, value in start.tensors.items()})
+    with store.lock():
+        store.append(worse, validation_nll=9.0)
+    monkeypatch.setattr("lopa.tuner.aligned", lambda *_: worse)
+    report = client.personal(tmp_path / "me").tune(EXAMPLES, **{**SETTINGS, "validate_every": 2}, fresh=True, max_steps=1)
+    assert report.best_step == 0 and report.best_nll < report.start_nll
+    digest = read_metadata(store.tuning_path.read_bytes())["digest"]
+    state = load_state(store, digest, start.specs, SETTINGS["steps"])
+    assert state is not None
+    assert all(np.array_equal(state.best[name], value) for name, value in start.tensors.items())
+    assert all(np.abs(state.personal[name] - value).max() < 0.1 for name, value in worse.tensors.items())
