@@ -8,10 +8,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import reprlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lopa.errors import InvalidRequest, TuningError
 from lopa.values import Message, Prompt, Target, unicode_text
@@ -46,7 +49,7 @@ def as_examples(items: Iterable[ExampleLike]) -> list[Example]:
     """Examples from everything that `ExampleLike` names.
 
     Raises:
-        TuningError: an item is none of it, or a file can't be read as examples.
+        TuningError: an item is none of it, or has a field of another type; or a file can't be read as examples.
     """
     examples: list[Example] = []
     for i, item in enumerate(items):
@@ -64,7 +67,27 @@ def as_examples(items: Iterable[ExampleLike]) -> list[Example]:
             raise TuningError(
                 f"example {i} is {type(item).__name__}; an Example, a (prompt, target) tuple, a conversation or a Path is needed"
             )
+    for i, example in enumerate(examples):
+        _check(example, f"example {i}")
     return examples
+
+
+def _check(example: Example, where: str) -> None:
+    """Types only, before anything looks at them: what they may hold, the server says.
+
+    Raises:
+        TuningError: a field of another type.
+    """
+    ids = (int, np.integer)
+    for name, value, items, words in (
+        ("prompt", example.prompt, (*ids, Message, Mapping), "text, a conversation or token ids"),
+        ("target", example.target, ids, "text or token ids"),
+        ("prefix", "" if example.prefix is None else example.prefix, ids, "text or token ids"),
+        ("encoder_text", "" if example.encoder_text is None else example.encoder_text, (), "text"),
+    ):
+        listed = items and isinstance(value, Collection) and not isinstance(value, bytes | Mapping)
+        if not isinstance(value, str) and not (listed and all(isinstance(item, items) for item in value)):
+            raise TuningError(f"{where}: its {name} is {reprlib.repr(value)}; it must be {words}")
 
 
 def from_conversation(turns: Sequence[Any], where: str = "the conversation") -> Example:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import lopa
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,6 +50,27 @@ def test_a_fifth_is_held_back_by_default() -> None:
     assert (len(training), len(validation)) == (20, 5)
     assert split(MANY, None, 1) != (training, validation)
     assert split(MANY[:3], [("a", "b")], 0) == (MANY[:3], [lopa.Example("a", "b")])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *((field, value) for field in ("prompt", "target") for value in (None, 5, b"text", [1.5], [[1]], ["1"], {"role": "user"})),
+        ("target", [lopa.Message("user", "a")]),
+        *(("prefix", value) for value in (5, b"text", [None])),
+        *(("encoder_text", value) for value in (5, [1])),
+    ],
+    ids=str,
+)
+def test_an_example_of_another_type_is_named(field: str, value: Any) -> None:
+    """Before anything is done with it: one among many may be looked at first when its turn comes."""
+    with pytest.raises(lopa.TuningError, match=f"example 25: its {field} is "):
+        as_examples([*MANY, lopa.Example(**{"prompt": "p", "target": "t", field: value})])
+
+
+def test_token_ids_are_examples_in_any_list() -> None:
+    items = [lopa.Example(ids, ids, prefix=ids, encoder_text="x") for ids in ([1, 2], (1, 2), np.array([1, 2]), range(1, 3))]
+    assert as_examples(items) == items
 
 
 def test_schedules() -> None:
