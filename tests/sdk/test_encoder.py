@@ -117,6 +117,13 @@ def test_a_graph_of_what_is_read_that_breaks_the_contract_is_refused(
         encoder.reads({"x": np.zeros((2, 32), np.float32)})
 
 
+def with_graph(bundle: Bundle, folder: Path, graph: str, model: onnx.ModelProto) -> Bundle:
+    """The bundle with another graph in one's place."""
+    copy = variant(bundle, folder / "first")
+    copy.path(graph).write_bytes(model.SerializeToString())
+    return variant(copy, folder / "second", files={**copy.manifest.files, graph: digest_file(copy.path(graph))})
+
+
 def cut_as_it_runs(bundle: Bundle, folder: Path, graph: str, output: str, axis: int) -> Bundle:
     """A bundle one of whose graphs gives a single element along an axis, which nothing shows before it runs."""
     model = onnx.load(bundle.path(graph))
@@ -124,9 +131,7 @@ def cut_as_it_runs(bundle: Bundle, folder: Path, graph: str, output: str, axis: 
         node.output[:] = ["whole" if name == output else name for name in node.output]
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([True]), "first"))
     model.graph.node.append(onnx.helper.make_node("Compress", ["whole", "first"], [output], axis=axis))
-    copy = variant(bundle, folder / "first")
-    onnx.save(model, copy.path(graph))
-    return variant(copy, folder / "second", files={**copy.manifest.files, graph: digest_file(copy.path(graph))})
+    return with_graph(bundle, folder, graph, model)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +153,19 @@ def test_shapes_are_held_to_the_contract_as_they_come(bundle: Bundle, tmp_path: 
         instance = encoder.encode(TEXTS)
         encoder.reads(instance)
         encoder.update(instance, start, moments, np.ones_like(encoder.compose(instance, start)), **settings)
+
+
+def test_a_graph_reads_no_file_but_its_own(bundle: Bundle, tmp_path: Path) -> None:
+    """Weights elsewhere would be a way from any file of the user's to the server; ONNX Runtime 1.20 follows it."""
+    model = onnx.load(bundle.path("reads.onnx"))
+    secret = tmp_path / "secret"
+    weight = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    secret.write_bytes(weight.raw_data)
+    onnx.external_data_helper.set_external_data(weight, str(secret))
+    weight.ClearField("raw_data")
+    encoder = PromptEncoder(with_graph(bundle, tmp_path, "reads.onnx", model))
+    with pytest.raises(lopa.BundleError, match=r"reads\.onnx of bundle .* weights in another file"):
+        encoder.reads(encoder.encode(TEXTS))
 
 
 @pytest.mark.parametrize("name", ["encode.onnx", "tokenizer.json"])
