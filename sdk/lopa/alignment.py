@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from lopa.encoder import PromptEncoder, Tensors
 from lopa.examples import batch
 from lopa.factors import Factors
-from lopa.values import Float32, Target
+from lopa.values import Float32, Target, unicode_text
 
 Float64 = NDArray[np.float64]
 ALIGNED_BY = 512
@@ -36,13 +36,17 @@ def aligned(encoder: PromptEncoder, start: Factors, targets: Sequence[Target], i
 
     start: factors that give the same soft prompts whatever these tensors hold, as the bundle's plain start does.
     targets: of the training examples, fewer than two of which tell nothing. instance: their instance tensors, name -> (n, ...).
+
+    Raises:
+        InvalidRequest: a target with a lone surrogate. BundleError: a graph that breaks the contract, or values that are not finite.
     """
     specs = encoder.bundle.manifest.aligned
     count = len(targets)
     if not specs or count < 2:
         return start
     some = batch(count, min(count, ALIGNED_BY), 1, 0)
-    answers = shared_tokens(tokens_of(encoder, [targets[i] for i in some]))
+    chosen = [unicode_text(text, f"targets[{i}]") if isinstance(text := targets[i], str) else text for i in some]
+    answers = shared_tokens(tokens_of(encoder, chosen))
     reads = encoder.reads({name: value[some] for name, value in instance.items()})
     tensors = {spec.name: turned(start.tensors[spec.name], reads[spec.name], answers, spec.spread) for spec in specs}
     return replace(start, tensors={**start.tensors, **tensors})

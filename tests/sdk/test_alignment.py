@@ -100,8 +100,11 @@ def test_token_ids_serve_as_answers_too(encoder: PromptEncoder) -> None:
 
 def test_an_answer_that_is_no_text_is_a_typed_error(encoder: PromptEncoder) -> None:
     """It may be the first that looks at this example: neither measured nor among those that a prior is chosen by."""
-    with pytest.raises(lopa.InvalidRequest, match="lone surrogate"):
-        aligned(encoder, Factors.start(encoder.bundle), ["fine", "\ud800"], encoder.encode(PROMPTS[:2]))
+    for place in range(4):  # by its place among the targets, not by when it is looked at
+        targets = [*TARGETS[:place], "\ud800", *TARGETS[place:3]]
+        with pytest.raises(lopa.InvalidRequest, match="lone surrogate") as caught:
+            aligned(encoder, Factors.start(encoder.bundle), targets, encoder.encode(PROMPTS[:4]))
+        assert caught.value.field == f"targets[{place}]"
 
 
 def test_one_example_tells_nothing_apart(encoder: PromptEncoder) -> None:
