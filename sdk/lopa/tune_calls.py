@@ -109,6 +109,7 @@ class TuningCalls:
             if error.reason in _OUT_OF_RANGE:
                 raise Diverged(str(error)) from error
             if match := re.match(r"pairs\[(\d+)\]", error.field):
-                text = str(pairs[int(match.group(1))].prompt or pairs[int(match.group(1))].prefix)[:60]
+                pair = pairs[int(match.group(1))]
+                text = next((str(part) for part in (pair.prompt, pair.prefix) if part is not None and len(part)), "")[:60]
                 raise TuningError(f"the server refuses the example {text!r}: {error}; shorten it or leave it out") from error
             raise

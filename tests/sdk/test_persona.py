@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
+from typing import Any
 
 import lopa
 import numpy as np
@@ -206,3 +208,11 @@ def test_what_was_measured_is_what_is_kept(client: lopa.Client, tmp_path: Path, 
     assert state is not None
     assert all(np.array_equal(state.best[name], value) for name, value in start.tensors.items())
     assert all(np.abs(state.personal[name] - value).max() < 0.1 for name, value in worse.tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown"), [(np.array([10**9, 5]), "[1000000000          5]"), ("", ""), ([], "")], ids=["array", "text", "list"]
+)
+def test_a_refused_example_is_shown_whatever_its_prompt_is(client: lopa.Client, tmp_path: Path, prompt: Any, shown: str) -> None:
+    with pytest.raises(lopa.TuningError, match=re.escape(f"refuses the example {shown!r}: pairs[0].prompt")):
+        client.personal(tmp_path / "me").tune([lopa.Example(prompt, "t", encoder_text="x")] * 2, steps=1)
