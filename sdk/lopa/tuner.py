@@ -146,7 +146,7 @@ class Tuner:
         moments = Moments.zeros(self._encoder.bundle.manifest.personal)
         state = TuneState(self._digest(), self._start.tensors, moments, best.tensors, progress)
         self._account(progress)
-        state.save(self._store)
+        yield from work(partial(state.save, self._store))
         return state
 
     def _batch(self, step: int, size: int = 0) -> list[int]:
