@@ -8,7 +8,8 @@ An interrupted run goes on where it stopped.
 
     python training/bundle.py --shared server/lopa_server/models/lopa_nano_bundle --out build/lopa_nano_bundle
 
-takes the shared part of a bundle that this made, instead of training it: for other gains and start values (DEVICE). Priors come after.
+takes the shared part of a bundle that this made, instead of training it: for other rows, gains and start values (ROWS, DEVICE). Priors come
+after.
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ from lopa_exporters.cohort import StepSettings
 from lopa_exporters.data import Dataset, build_dataset, read_examples
 from lopa_exporters.encoder import Encoder, EncoderConfig
 from lopa_exporters.frozen import FrozenModel
-from lopa_exporters.lopa import LoPA, LoPAConfig, Tensors, init_corrections
+from lopa_exporters.lopa import LoPA, LoPAConfig, Tensors
 from lopa_exporters.pipeline import ExportPlan, load_encoder, prepare, start_lopa
 from lopa_exporters.population import PopulationConfig, PopulationTrainer
 from lopa_exporters.simulate import aligned_start, evaluate, tune_personal
 
 from benchmarks.quality.learners.shared import read_method
+from benchmarks.quality.learners.starts import with_rows
 
 METHOD = LoPAConfig(
     hidden=1,  # replaced by the models' widths
@@ -56,10 +58,19 @@ METHOD = LoPAConfig(
     z_start="product",
 )
 """What the shared part is trained with."""
-DEVICE = {"z_start": "direct", "z_rank": 10, "z_gain": 1.5, "correction_gain": 0.03, "spread": 10.0}
-"""What devices tune with, over the same shared part, chosen on the development packages: at full rank, with B zero and five times the gain
-the personal prompt moves as far and as freely as prompt tuning's does, and the corrections follow more slowly; most slowly their Q, which
-starts at the user's own answers (docs/quality.md)."""
+DEVICE = {
+    "z_start": "direct",
+    "z_rank": 10,
+    "z_gain": 1.5,
+    "corrections": {"W1u": 2, "W2u": 8, "W1v": 8, "W2v": 4},
+    "correction_gain": 0.03,
+    "spread": 10.0,
+}
+"""What devices tune with, over the same shared part, chosen on the development packages: with B zero and five times the gain the personal
+prompt moves as far and as freely as prompt tuning's does, and the corrections follow more slowly; most slowly their Q, which starts at the
+user's own answers (docs/quality.md). W2v's rank, which d multiplies, is the smaller one."""
+ROWS = 25
+"""m on devices. The shared part is trained with fewer, which costs less: what U's head has learnt is repeated for the others."""
 GATE_SCALE = 0.3
 """Of U, on devices: a personal prompt that goes far is multiplied by the gate, so what the population's gate does to it has to be less."""
 TUNING = TuningDefaults(learning_rate=3e-2, steps=150, batch_size=16)
@@ -92,16 +103,16 @@ def develop(fm: FrozenModel, dataset: Dataset, lopa: LoPA, tuning: TuningDefault
     return rows
 
 
-def for_devices(lopa: LoPA, seed: int) -> LoPA:
-    """The trained shared part with a flatter gate, under the devices' gains and start values."""
+def for_devices(lopa: LoPA, vocabulary: torch.Tensor, seed: int) -> LoPA:
+    """The trained shared part with a flatter gate, under the devices' rows, gains and start values."""
     scaled = {name: GATE_SCALE * lopa.shared[name] for name in ("W2u", "b2u")}
-    return with_start(lopa.config, {**lopa.shared, **scaled}, seed)
+    return with_start(lopa.config, {**lopa.shared, **scaled}, vocabulary, seed)
 
 
-def with_start(config: LoPAConfig, shared: Tensors, seed: int) -> LoPA:
-    """A shared part that devices can have, under their gains and start values."""
-    config = dataclasses.replace(config, **DEVICE)
-    return LoPA(config, shared, init_corrections(config, torch.Generator().manual_seed(seed)))
+def with_start(config: LoPAConfig, shared: Tensors, vocabulary: torch.Tensor, seed: int) -> LoPA:
+    """A shared part that devices can have, under their rows, gains and start values. vocabulary: (tokens, d)."""
+    lopa = LoPA(dataclasses.replace(config, **DEVICE), shared, {})
+    return with_rows(lopa, vocabulary, seed, ROWS)
 
 
 def main() -> None:
@@ -120,7 +131,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.shared:
         config, shared = read_method(bundle := Bundle.open(args.shared))
-        replace_method(bundle, with_start(config, shared, ExportPlan.seed), args.out)
+        replace_method(bundle, with_start(config, shared, FrozenModel.load(args.fm).vocabulary(), ExportPlan.seed), args.out)
         return
 
     training = PopulationConfig(
@@ -145,7 +156,7 @@ def main() -> None:
     with reporter.task("Training the shared part", training.steps) as advance:
         advance(trainer.state.step, "")
         lopa = trainer.run(lambda _step, loss: advance(1, f"NLL {loss:.3f} per token"))
-    lopa = for_devices(lopa, plan.seed)
+    lopa = for_devices(lopa, fm.vocabulary(), plan.seed)
     spec = dataclasses.replace(read_fm_spec(plan.fm), name="lopa-nano")
     export_bundle(plan.out, fm=spec, encoder=encoder, lopa=lopa, tuning=TUNING)
     if args.develop:

@@ -18,10 +18,10 @@ from benchmarks.quality.learners.prefix import PrefixLearner
 from benchmarks.quality.learners.weights import full, lora
 from benchmarks.quality.material import Material
 
-ROWS = 10
+ROWS = 25
 """m of every prompt, as in the shipped bundle."""
-LONGER = (25, 40)
-"""m of longer ones."""
+OTHER_ROWS = (10, 40)
+"""m of shorter and of longer ones."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def _factors(bench: Bench, material: Material, seed: int, *, trained: bool = Tru
     return prompts.from_lopa(bench.fm, material, starts.at_answers(lopa, material) if aligned else lopa)
 
 
-def _factors_longer(bench: Bench, material: Material, seed: int, *, rows: int) -> Learner:
-    lopa = starts.longer(shared.rebuilt(bench.encoder.bundle, bench.fm, seed, trained=True), bench.fm, seed, rows)
+def _factors_of_rows(bench: Bench, material: Material, seed: int, *, rows: int) -> Learner:
+    lopa = starts.with_rows(shared.rebuilt(bench.encoder.bundle, bench.fm, seed, trained=True), bench.fm.vocabulary(), seed, rows)
     return prompts.from_lopa(bench.fm, material, starts.at_answers(lopa, material))
 
 
@@ -89,7 +89,7 @@ METHODS: dict[str, Method] = {
     "prompt_tuning_random": Method("prompt tuning, random start", _prompt("RANDOM"), rate=0.1),
     **{
         f"prompt_tuning_m{rows}": Method(f"prompt tuning, {rows} rows", _prompt("SAMPLE_VOCAB", rows), like="prompt_tuning")
-        for rows in LONGER
+        for rows in OTHER_ROWS
     },
     "prefix_tuning": Method("prefix tuning", lambda bench, _material, seed: PrefixLearner(bench.fm, seed, ROWS), rate=0.03),
     "idpg": Method("IDPG", lambda bench, material, seed: prompts.idpg(bench.fm, material, seed, rows=ROWS), rate=0.003),
@@ -99,7 +99,7 @@ METHODS: dict[str, Method] = {
         for rank in (1, 16)
     },
     **{f"heads_r{rank}": Method(f"LoPA heads, rank {rank}", partial(_heads, rank=rank), like="heads") for rank in (1, 2, 8)},
-    **{f"heads_m{rows}": Method(f"LoPA heads, {rows} rows", partial(_heads, rows=rows), like="heads") for rows in (5, 25)},
+    **{f"heads_m{rows}": Method(f"LoPA heads, {rows} rows", partial(_heads, rows=rows), like="heads") for rows in (5, 10)},
     "heads_far": Method("LoPA heads, Z at 30 times the rate", partial(_heads, z_rate=30.0), like="heads"),
     "heads_open": Method("LoPA heads, N(0, 0.2) start", partial(_heads, output_std=0.2), like="heads"),
     **{
@@ -121,8 +121,8 @@ METHODS: dict[str, Method] = {
         )
         for rank in (1, 2, 4)
     },
-    "factors_outer": Method("factors of the outer matrices alone", partial(_factors, corrections={"W2u": 4, "W2v": 8}), like="default"),
-    **{f"factors_m{rows}": Method(f"factors, {rows} rows", partial(_factors_longer, rows=rows), like="default") for rows in LONGER},
+    "factors_outer": Method("factors of the outer matrices alone", partial(_factors, corrections={"W2u": 8, "W2v": 4}), like="default"),
+    **{f"factors_m{rows}": Method(f"factors, {rows} rows", partial(_factors_of_rows, rows=rows), like="default") for rows in OTHER_ROWS},
     "factors_random": Method(
         "factors, Q starts at random and moves at P's rate",
         partial(_factors, aligned=False, correction_gain=0.3, spread=1.0),
@@ -134,12 +134,12 @@ METHODS: dict[str, Method] = {
         partial(_factors, correction_gain=0.3, spread=1.0),
         like="default",
     ),
-    "factors_wide": Method(
-        "factors with other ranks in the same bytes",
-        partial(_factors, corrections={"W1u": 2, "W2u": 8, "W1v": 8, "W2v": 4}),
+    "factors_last": Method(
+        "factors with more of their numbers in V's last matrix",
+        partial(_factors, corrections={"W1u": 2, "W2u": 4, "W1v": 2, "W2v": 8}),
         like="default",
     ),
-    "factors_inner": Method("factors of the inner matrices alone", partial(_factors, corrections={"W1u": 2, "W1v": 2}), like="default"),
+    "factors_inner": Method("factors of the inner matrices alone", partial(_factors, corrections={"W1u": 2, "W1v": 8}), like="default"),
 }
 MAIN = ("none", "prompt_tuning", "default", "heads", "lora_r8", "full")
 """The methods that matter: all users, tasks and seeds."""

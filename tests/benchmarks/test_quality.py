@@ -25,7 +25,7 @@ from benchmarks.quality.learners.learner import PlainLearner
 from benchmarks.quality.learners.prefix import PrefixLearner
 from benchmarks.quality.learners.prompts import from_lopa
 from benchmarks.quality.learners.shared import rebuilt
-from benchmarks.quality.learners.starts import at_answers, longer
+from benchmarks.quality.learners.starts import at_answers, with_rows
 from benchmarks.quality.learners.weights import full, lora
 from benchmarks.quality.material import Material
 from benchmarks.quality.methods import METHODS, UNTUNED, Bench
@@ -209,12 +209,14 @@ def test_smoke_order(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "out.json").read_text())["rows"]) == 6
 
 
-def test_longer_prompts_begin_with_the_bundles(bench: Bench, material: Material) -> None:
+@pytest.mark.parametrize("rows", [10, 25, 40])
+def test_prompts_of_other_lengths_begin_with_the_bundles(bench: Bench, material: Material, rows: int) -> None:
     lopa = rebuilt(bench.encoder.bundle, bench.fm, 0, trained=True)
     x = torch.from_numpy(material.features["x"][:2])
-    long = longer(lopa, bench.fm, 0, 25)(x)
-    assert long.shape == (2, 25, bench.fm.hidden)
-    assert torch.allclose(long[:, :10], lopa(x), atol=1e-6)
+    other, own = with_rows(lopa, bench.fm.vocabulary(), 0, rows)(x), lopa(x)
+    assert other.shape == (2, rows, bench.fm.hidden)
+    same = min(rows, lopa.config.rows)
+    assert torch.allclose(other[:, :same], own[:, :same], atol=1e-6)
 
 
 def test_corrections_begin_at_the_answers_as_a_device_s_do(bench: Bench, material: Material) -> None:
