@@ -51,7 +51,7 @@ def _bars(axis: Axes, task: str, users: list[UserResult]) -> None:
         (0.27, "others' factors (mean)", OTHER, [user.other_nll for user in users]),
     ):
         axis.bar(places + offset, values, 0.27, label=label, color=color)
-    axis.set_xticks(places, [_label(user) for user in users], rotation=25, ha="right")
+    axis.set_xticks(places, [_label(user) for user in users], rotation=40, ha="right", rotation_mode="anchor")
     axis.set_ylabel("NLL per target token (nats)")
     axis.set_title(f"{task}: lower is better")
     axis.legend(frameon=False, ncols=3, loc="upper center")
