@@ -47,7 +47,7 @@ class Tuned:
 def aligned_start(lopa: LoPA, x: Tensor, answers: Sequence[Sequence[int]]) -> LoPA:
     """The aligned tensors at what tells a user's own answers apart, as a device begins (`lopa.alignment`); soft prompts stay as they are.
 
-    x: (n, h) features of the training examples. answers: their tokens, n lists.
+    x: (n, h) features of the training examples; all are looked at, by a device `ALIGNED_BY` at most. answers: their tokens, n lists.
     """
     found, common = reads(lopa.config, lopa.shared, x), shared_tokens(answers)
     new = {

@@ -177,7 +177,7 @@ class Manifest:
             document = json.loads(text)
             schema = document["schema"]
             if schema != SCHEMA:
-                raise BundleError(f"manifest.schema is {schema!r}; this version reads {SCHEMA}: upgrade lopa")
+                raise BundleError(f"manifest.schema is {reprlib.repr(schema)}; this version reads {SCHEMA}: upgrade lopa")
             manifest = cls(
                 fm=FMSpec(**document["fm"]),
                 encoder=EncoderSpec(**document["encoder"]),
@@ -196,11 +196,11 @@ class Manifest:
             )
             _check(manifest)
             if document.get("id") != manifest.id:
-                raise BundleError(f"{MANIFEST} says id {document.get('id')!r}, its content has {manifest.id}: it was changed")
+                raise BundleError(f"{MANIFEST} says id {reprlib.repr(document.get('id'))}, its content has {manifest.id}: it was changed")
         except BundleError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise BundleError(f"{MANIFEST} is not a bundle manifest: {type(error).__name__}: {error}") from error
+            raise BundleError(f"{MANIFEST} is not a bundle manifest: {type(error).__name__}: {str(error)[:200]}") from error
         return manifest
 
 
@@ -210,7 +210,7 @@ def _specs(rows: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
 
 def _integer(field: str, value: object, low: int, high: int) -> None:
     if type(value) is not int or not low <= value <= high:
-        raise BundleError(f"{field} is {value!r}; it must be an integer from {low} to {high}")
+        raise BundleError(f"{field} is {reprlib.repr(value)}; it must be an integer from {low} to {high}")
 
 
 def _check(manifest: Manifest) -> None:
@@ -222,9 +222,10 @@ def _check(manifest: Manifest) -> None:
     def real(field: str, value: object, *, zero: bool = False) -> None:
         largest = float(np.finfo(np.float32).max)  # what update.onnx can take
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= largest or (value == 0 and not zero):
-            raise BundleError(f"manifest.{field} is {value!r}; it must be a finite number {'from' if zero else 'above'} 0")
+            raise BundleError(f"manifest.{field} is {reprlib.repr(value)}; it must be a finite number {'from' if zero else 'above'} 0")
 
-    labels = {"fm.name": manifest.fm.name, "encoder.name": manifest.encoder.name, "profile": manifest.profile}
+    labels = {"fm.name": manifest.fm.name, "encoder.name": manifest.encoder.name}
+    labels |= {"profile": manifest.profile, "composition": manifest.composition}
     labels |= {f"priors.{i}.name": prior.name for i, prior in enumerate(manifest.priors)}
     labels |= {f"aligned.{i}.name": spec.name for i, spec in enumerate(manifest.aligned)}
     for field, label in labels.items():
@@ -240,7 +241,7 @@ def _check(manifest: Manifest) -> None:
     real("tuning.clip", manifest.tuning.clip)
     real("tuning.weight_decay", manifest.tuning.weight_decay, zero=True)
     if manifest.encoder.truncation_side not in ("left", "right"):
-        raise BundleError(f"manifest.encoder.truncation_side is {manifest.encoder.truncation_side!r}; it must be left or right")
+        raise BundleError(f"manifest.encoder.truncation_side is {reprlib.repr(manifest.encoder.truncation_side)}; it must be left or right")
     if manifest.signature != "" and not re.fullmatch("[0-9a-f]{128}", str(manifest.signature)):
         raise BundleError("manifest.signature must be 128 lower-case hex digits")
     if not _HEX.fullmatch(str(manifest.fm.fingerprint)):
@@ -291,7 +292,7 @@ def check_tensors(field: str, specs: Sequence[TensorSpec]) -> None:
         if not _NAME.fullmatch(spec.name):
             raise BundleError(f"{field} has a tensor of name {spec.name[:100]!r}; letters, digits, _ and . are allowed")
         if spec.dtype not in ("F16", "F32"):
-            raise BundleError(f"{field}.{spec.name}.dtype is {spec.dtype!r}; it must be F16 or F32")
+            raise BundleError(f"{field}.{spec.name}.dtype is {reprlib.repr(spec.dtype)}; it must be F16 or F32")
         if len(spec.shape) > MAX_AXES:
             raise BundleError(f"{field}.{spec.name}.shape has {len(spec.shape)} axes; the limit is {MAX_AXES}")
         for size in spec.shape:

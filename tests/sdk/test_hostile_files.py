@@ -233,11 +233,30 @@ def test_names_that_are_no_short_text_are_refused(bundle: Bundle, name: Any) -> 
         ({"fm": dataclasses.replace(manifest.fm, name=name)}, r"fm\.name"),
         ({"encoder": dataclasses.replace(manifest.encoder, name=name)}, r"encoder\.name"),
         ({"profile": name}, "profile"),
+        ({"composition": name}, "composition"),
         ({"priors": (PriorSpec(name),)}, r"priors\.0\.name"),
         ({"aligned": (AlignedSpec(name),), "personal": (TensorSpec(str(name)[:100], (2, 2)),)}, r"aligned\.0\.name"),
     ):
         with pytest.raises(BundleError, match=rf"manifest\.{field} is .* text"):
             Manifest.from_json(dataclasses.replace(manifest, **changes).to_json())
+
+
+@pytest.mark.parametrize(
+    "path", ["rows", "tuning.clip", "tuning.steps", "encoder.truncation_side", "schema", "id", "fm.unknown", "personal.0.dtype"]
+)
+def test_an_error_quotes_little_of_a_manifest(bundle: Bundle, path: str) -> None:
+    """A megabyte of it would end in whoever's log."""
+    document = json.loads(bundle.manifest.to_json())
+    *parents, last = path.split(".")
+    place = document
+    for name in parents:
+        place = place[int(name)] if isinstance(place, list) else place[name]
+    place[last] = "x" * 100_000
+    if last == "unknown":
+        place["y" * 100_000] = place.pop(last)
+    with pytest.raises(BundleError) as caught:
+        Manifest.from_json(json.dumps(document))
+    assert len(str(caught.value)) < 500
 
 
 def test_a_start_that_is_not_finite_makes_no_persona(bundle: Bundle, store: PersonaStore, tmp_path: Path) -> None:
