@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from lopa.errors import TuningError
 from lopa.protocol.flow import Flow, Signal, wait
 from lopa.values import Traffic
 from lopa.wire.tensors import ITEM_BYTES
@@ -85,14 +86,22 @@ class Budget:
         self._longest = max(self._longest, time.monotonic() - self._step_began)
 
     def reached(self, next_bytes: Callable[[], int]) -> Stopped | None:
-        """The bound that the next step would break, if it brings so many bytes and lasts as long as the longest so far."""
+        """The bound that the next step would break, if it brings so many bytes and lasts as long as the longest so far.
+
+        Raises:
+            TuningError: the next step alone would break `max_bytes`, so that no call could take it.
+        """
         config, used = self._config, self._traffic() - self._start
         if config.max_steps is not None and self._steps >= config.max_steps:
             return "max_steps"
         if config.max_seconds is not None and time.monotonic() - self._began + self._longest > config.max_seconds:
             return "max_seconds"
-        if config.max_bytes is not None and used.sent_bytes + used.received_bytes + next_bytes() > config.max_bytes:
-            return "max_bytes"
+        if config.max_bytes is not None:
+            needed = next_bytes()
+            if needed > config.max_bytes:
+                raise TuningError(f"max_bytes is {config.max_bytes}, and the next step alone may bring {needed} bytes")
+            if used.sent_bytes + used.received_bytes + needed > config.max_bytes:
+                return "max_bytes"
         return None
 
 

@@ -49,8 +49,10 @@ def as_examples(items: Iterable[ExampleLike]) -> list[Example]:
     """Examples from everything that `ExampleLike` names.
 
     Raises:
-        TuningError: an item is none of it, or has a field of another type; or a file can't be read as examples.
+        TuningError: no such items, an item that is none of it or has a field of another type, or a file that can't be read as examples.
     """
+    if not isinstance(items, Iterable):
+        raise TuningError(f"the examples are {reprlib.repr(items)}; a list of them is needed, a file's path in it too")
     examples: list[Example] = []
     for i, item in enumerate(items):
         if isinstance(item, Example):

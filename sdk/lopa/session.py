@@ -232,6 +232,9 @@ class Session:
         self, pairs: Sequence[Pair], wire: WireOptions, model: Model, *, reply_dtype: common_pb2.DType.ValueType | None = None
     ) -> Iterator[list[common_pb2.Pair]]:
         limits = model.limits
+        for i, pair in enumerate(pairs):
+            if not isinstance(pair, Pair):
+                raise InvalidRequest(f"pairs[{i}] is {type(pair).__name__}; a Pair is needed", field=f"pairs[{i}]")
         noised = [pair if pair.soft_prompt is None else replace(pair, soft_prompt=self._sendable(pair.soft_prompt)) for pair in pairs]
         messages = [requests.pair_message(pair, wire.dtype, wire.placement, f"pairs[{i}]") for i, pair in enumerate(noised)]
         return requests.split_pairs(

@@ -99,6 +99,11 @@ def test_a_budget_ends_the_call_and_the_next_one_goes_on(
     assert report.outcome == "finished" and persona.factors_path.read_bytes() == unbroken[0]
 
 
+def test_a_budget_that_no_step_fits_in_is_told(client: lopa.Client, tmp_path: Path) -> None:
+    with pytest.raises(lopa.TuningError, match="max_bytes is 1000, and the next step alone may bring"):
+        client.personal(tmp_path).tune(EXAMPLES, **SETTINGS, max_bytes=1000)
+
+
 def test_early_stopping_keeps_the_best(client: lopa.Client, tmp_path: Path) -> None:
     """Validation that contradicts the training: no measurement is better, and the third in a row ends it."""
     prompt = "def f(a, b):\n    return "

@@ -68,6 +68,12 @@ def test_an_example_of_another_type_is_named(field: str, value: Any) -> None:
         as_examples([*MANY, lopa.Example(**{"prompt": "p", "target": "t", field: value})])
 
 
+@pytest.mark.parametrize("items", [5, None, Path("examples.jsonl"), 0.5], ids=str)
+def test_what_holds_no_examples_is_named(items: Any) -> None:
+    with pytest.raises(lopa.TuningError, match="a list of them is needed"):
+        as_examples(items)
+
+
 def test_token_ids_are_examples_in_any_list() -> None:
     items = [lopa.Example(ids, ids, prefix=ids, encoder_text="x") for ids in ([1, 2], (1, 2), np.array([1, 2]), range(1, 3))]
     assert as_examples(items) == items
@@ -118,6 +124,14 @@ def test_settings_out_of_range_are_named(name: str) -> None:
 )
 def test_settings_that_count_are_whole_numbers(bundle: Bundle, name: str, value: object) -> None:
     with pytest.raises(lopa.TuningError, match=f"{name} is .* not a whole number"):
+        lopa.TuneConfig.for_bundle(bundle.manifest, **{name: value})  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("learning_rate", "x"), ("clip", None), ("max_seconds", "1"), ("patience", True), ("steps", None)]
+)
+def test_settings_that_measure_are_numbers(bundle: Bundle, name: str, value: object) -> None:
+    with pytest.raises(lopa.TuningError, match=f"{name} is .* not a"):
         lopa.TuneConfig.for_bundle(bundle.manifest, **{name: value})  # type: ignore[misc]
 
 

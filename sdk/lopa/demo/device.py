@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from lopa.client import Client
     from lopa.persona import Persona
 
+PATIENT = lopa.ClientConfig(timeout=600.0)
+"""All devices measure at the same time, on whatever cores the machine has left: an answer may take its time."""
 VALIDATION = 0.1
 """The share of tuning items that is held back to measure on."""
 
@@ -120,7 +122,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="default: as the task's plan says")
     args = parser.parse_args()
     try:
-        with lopa.connect(args.address) as client:
+        with lopa.connect(args.address, config=PATIENT) as client:
             for task in args.task:
                 run_task(client, args.folder, load_task(args.user, task), args.steps)
     except lopa.LopaError as error:

@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 from threading import Barrier, Thread
 from typing import IO, Any
 
 import lopa
-from lopa.demo.device import nll_per_token, personal_scores
+from lopa.demo.device import PATIENT, nll_per_token, personal_scores
 from lopa.demo.results import DemoResult, MixedBatch, UserResult
 from lopa.demo.users import HELD_OUT, TASKS, Item, NoSuchUser, TaskData, load_task
 
@@ -222,7 +222,7 @@ def run(options: DemoOptions, report: Report) -> DemoResult:
                 address = stack.enter_context(running_server(Path(temporary)))
             with phase("tune", f"{len(users)} devices tune at the same time"):
                 done = tune_all(address, folder, users, options.steps, report)
-            client = stack.enter_context(lopa.connect(address, config=lopa.ClientConfig(cache=folder / "cache")))
+            client = stack.enter_context(lopa.connect(address, config=replace(PATIENT, cache=folder / "cache")))
             with phase("cross", "every user's items under every user's factors"):
                 table = cross_scores(client, folder, data)
             with phase("mixed", "all users generate in one batch"):
