@@ -2,9 +2,9 @@
 
     manifest.json  tokenizer.json  encode.onnx  compose.onnx  update.onnx  factors.safetensors  priors.safetensors  reads.onnx
 
-`factors.safetensors` is where a new user begins. `priors.safetensors`, which may be missing, holds further sets of personal tensors to
-begin with, each tuned on a population's examples of one kind of task: the tensors of a set stand there as `SET.NAME`.
-`reads.onnx`, which may be missing too, is for users who begin at no prior: see `lopa.alignment`.
+`factors.safetensors` is where a new user begins. `priors.safetensors`, which may be missing, holds further sets of personal tensors to go
+on from (`lopa.priors`), each tuned on a population's examples of one kind of task: the tensors of a set stand there as `SET.NAME`.
+`reads.onnx`, which may be missing too, tells what a new user's corrections read: see `lopa.alignment`.
 
 Graph contract (all float tensors float32; b batch, t tokens, m rows, d hidden size):
 

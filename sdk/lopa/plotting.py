@@ -41,5 +41,6 @@ def _draw_losses(axes: Any, report: TuneReport) -> None:
     axes.plot(range(1, len(report.losses) + 1), report.losses, color="tab:blue", alpha=0.4, linewidth=1, label="training batch")
     axes.plot(*zip(*measured, strict=True), color="tab:orange", marker="o", markersize=3, label="validation")
     axes.axhline(report.start_nll, color="black", linestyle=":", linewidth=1, label="before tuning")
-    axes.set(ylabel="nats per target token", title=f"{report.outcome}: {report.start_nll:.3f} to {report.end_nll:.3f}")
+    by_way_of = f", by way of the prior of {report.prior}" if report.prior else ""
+    axes.set(ylabel="nats per target token", title=f"{report.outcome}: {report.start_nll:.3f} to {report.end_nll:.3f}{by_way_of}")
     axes.legend()

@@ -65,11 +65,11 @@ class TuningCalls:
         scores = yield from self._scores(factors, over)
         return sum(score.nll_sum for score in scores) / sum(score.target_tokens for score in scores) if scores else math.inf
 
-    def choose_prior(self, start: Factors, examples: Encoded) -> Flow[tuple[str, Factors]]:
-        """The bundle's prior that fits these examples, by name, and its factors; an empty name and `start` if none does."""
+    def choose_prior(self, start: Factors, examples: Encoded) -> Flow[tuple[str, Factors | None]]:
+        """The bundle's prior that fits these examples, by name, and its factors; an empty name and None if none does."""
         priors = yield from work(lambda: read_priors(self._encoder.bundle))
         if not priors:
-            return "", start
+            return "", None
         plain, begun = (yield from self._each(None, examples)), (yield from self._each(start, examples))
         measured = {}
         for name, prior in priors.items():
@@ -77,7 +77,7 @@ class TuningCalls:
             if math.inf in measured[name]:
                 log.warning("the bundle's prior of %s can't be used with this server: its soft prompts are out of range", name)
         chosen = choose(plain, begun, measured)
-        return chosen, priors.get(chosen, start)
+        return chosen, priors.get(chosen)
 
     def _each(self, factors: Factors | None, over: Encoded) -> Flow[list[float]]:
         """NLL sums, example by example; infinite for factors that can't be used."""

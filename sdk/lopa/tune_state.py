@@ -13,6 +13,7 @@ import numpy as np
 from lopa.encoder import Moments, Tensors
 from lopa.errors import FactorsError, FolderError
 from lopa.manifest import TensorSpec
+from lopa.priors import trial_steps
 from lopa.tensorfile import MAX_HEADER_BYTES, read_metadata, read_tensors, write_tensors
 from lopa.values import Float32
 
@@ -34,8 +35,13 @@ class Progress:
     """Of the factors that the persona had."""
     best_nll: float = float("inf")
     best_step: int = 0
+    candidate: str = ""
+    """The bundle's prior that the run may take after its first steps; empty once that is decided."""
+    candidate_nll: float = float("inf")
     prior: str = ""
-    """The bundle's prior that the run started from; empty for its plain start or the persona's own factors."""
+    """The bundle's prior that it took; empty for none."""
+    judged_step: int = 0
+    """Steps done when that was decided; if a prior was taken, the optimizer began anew there."""
     outcome: Literal["running", "finished", "early_stopped", "diverged"] = "running"
     losses: list[float] = field(default_factory=list)
     gradient_norms: list[float] = field(default_factory=list)
@@ -53,10 +59,12 @@ class Progress:
         """
         progress = cls(**json.loads(text))
         progress.validation = [(step, nll) for step, nll in progress.validation]
-        measured = [progress.plain_nll, progress.before_nll, progress.best_nll, *(nll for _, nll in progress.validation)]
+        nll = [progress.plain_nll, progress.before_nll, progress.candidate_nll, progress.best_nll]
+        measured = [*nll, *(nll for _, nll in progress.validation)]
         counts = [
             progress.step,
             progress.best_step,
+            progress.judged_step,
             progress.sent_bytes,
             progress.received_bytes,
             *(step for step, _ in progress.validation),
@@ -64,12 +72,16 @@ class Progress:
         reals = [*measured, *progress.losses, *progress.gradient_norms, progress.seconds]
         if any(type(count) is not int or count < 0 for count in counts) or any(type(real) not in (int, float) for real in reals):
             raise TypeError("a number of the progress is of another type, or negative")
-        if not isinstance(progress.prior, str):
-            raise TypeError("the prior is not a name")
-        if not progress.best_step <= progress.step <= steps or any(step > progress.step for step, _ in progress.validation):
+        if not isinstance(progress.prior, str) or not isinstance(progress.candidate, str):
+            raise TypeError("a prior is not a name")
+        past = [progress.best_step, progress.judged_step, *(step for step, _ in progress.validation)]
+        if not max(past) <= progress.step <= steps:
             raise ValueError(f"it is at step {progress.step}, its best at {progress.best_step}; the run has {steps} steps")
-        if any(map(math.isnan, measured)) or not len(progress.losses) == len(progress.gradient_norms) == progress.step:
+        if not all(-math.inf < float(real) for real in reals) or not len(progress.losses) == len(progress.gradient_norms) == progress.step:
             raise ValueError("its losses don't fit its step")
+        due, last = trial_steps(steps), max((step for step, _ in progress.validation), default=-1)
+        if last < 0 or (progress.candidate and (progress.step > due or (progress.step == due and last < due))):
+            raise ValueError("its measurements don't fit its step")
         ended: dict[Any, bool] = {
             "running": progress.step < steps,
             "finished": progress.step == steps,
@@ -88,8 +100,13 @@ class Progress:
         return replace(self, losses=[*self.losses], gradient_norms=[*self.gradient_norms], validation=[*self.validation])
 
     def stale(self) -> int:
-        """Measurements since the best one."""
-        return sum(step > self.best_step for step, _ in self.validation)
+        """Measurements since the best one, or since a prior was judged."""
+        return sum(step > max(self.best_step, self.judged_step) for step, _ in self.validation)
+
+    @property
+    def optimizer_step(self) -> int:
+        """Steps that the optimizer's moments know of."""
+        return self.step - (self.judged_step if self.prior else 0)
 
 
 @dataclass

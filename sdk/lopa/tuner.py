@@ -25,7 +25,7 @@ from lopa.errors import Cancelled, FactorsError, LopaError, RemoteError, TuningE
 from lopa.examples import Example
 from lopa.factors import Factors
 from lopa.folder import PersonaStore
-from lopa.priors import CHOSEN_BY
+from lopa.priors import CHOSEN_BY, read_priors, trial_steps
 from lopa.protocol.flow import Flow, work
 from lopa.protocol.requests import DTYPES
 from lopa.tune_calls import TuningCalls
@@ -86,14 +86,17 @@ class Tuner:
             if self._job.control.paused:
                 yield from self._settle()
             yield from self._job.control.hold(lambda why: self._tell(self._last, why))
-            stopped = (
-                "cancelled" if self._job.control.cancelled else self._budget.reached(partial(self._step_bytes, state.progress.step + 1))
-            )
+            stopped = "cancelled" if self._job.control.cancelled else self._budget.reached(partial(self._step_bytes, state.progress))
             if stopped:
                 break
             try:
+                if self._on_trial(state.progress, state.progress.step):
+                    state = yield from self._judged(state, state.progress.validation[-1][1])
                 state = yield from self._advance(state)
             except Diverged:
+                if state.progress.candidate:
+                    state = yield from self._judged(state, math.inf)
+                    continue
                 state.progress.outcome = "diverged"
             except Cancelled:
                 if not self._job.control.cancelled:
@@ -130,19 +133,19 @@ class Tuner:
     def _begin(self) -> Flow[TuneState]:
         """Measure what there is: the plain model, the persona's factors, and the start if it is another."""
         plain = yield from self._measure(None)
-        prior = ""
-        if self._anew:
-            some = self._training.take(self._batch(1, CHOSEN_BY))
-            prior, self._start = yield from self._calls.choose_prior(self._start, some)
         start = yield from self._measure(self._start)
         before = start if self._start is self._current else (yield from self._measure(self._current))
         if not math.isfinite(start):
             raise TuningError("the factors to start from give no finite loss; roll back to a sound version or tune with fresh=True")
         best = self._start if start < before else self._current  # as measured, not as aligned: what a bundle says of that is not relied on
-        if self._anew and not prior:  # and so at the plain start, whose soft prompts this does not change
+        progress = Progress(plain_nll=plain, before_nll=before, best_nll=min(start, before), validation=[(0, start)])
+        if self._anew:  # and so at the plain start, whose soft prompts aligning does not change
+            some = self._training.take(self._batch(1, CHOSEN_BY))
+            progress.candidate, prior = yield from self._calls.choose_prior(self._start, some)
+            if prior is not None:
+                progress.candidate_nll = yield from self._measure(prior)
             targets = [example.target for example in self._training.examples]
             self._start = yield from work(lambda: aligned(self._encoder, self._start, targets, self._training.instance))
-        progress = Progress(plain_nll=plain, before_nll=before, best_nll=min(start, before), validation=[(0, start)], prior=prior)
         moments = Moments.zeros(self._encoder.bundle.manifest.personal)
         state = TuneState(self._digest(), self._start.tensors, moments, best.tensors, progress)
         self._account(progress)
@@ -176,7 +179,7 @@ class Tuner:
                 learning_rate=config.rate(step) * self._rates.get(state.progress.prior, 1.0),
                 weight_decay=config.weight_decay,
                 clip=config.clip,
-                step=step,
+                step=state.progress.optimizer_step + 1,
                 carried=composed.carried,
             )
         )
@@ -187,20 +190,37 @@ class Tuner:
         progress.losses.append(sum(item.nll_sum for item in gradients) / tokens)
         progress.gradient_norms.append(update.gradient_norm)
         moved = replace(state, personal=update.personal, moments=update.moments, progress=progress)
-        if self._measured(step):
+        measured = self._measured(progress, step)
+        if measured:
             yield from self._validate(moved)
         if step == config.steps:
             progress.outcome = "finished"
-        elif config.early_stopping and progress.stale() >= config.early_stopping:
+        elif measured and not progress.candidate and 0 < config.early_stopping <= progress.stale():
             progress.outcome = "early_stopped"
         self._budget.step_done()
         return moved
 
-    def _measured(self, step: int) -> bool:
-        return step % self._config.validate_every == 0 or step == self._config.steps
+    def _judged(self, state: TuneState, learnt: float) -> Flow[TuneState]:
+        """The state with its candidate taken, unless the first steps have taught more than the candidate knows. learnt: their NLL."""
+        progress = state.progress.copy()
+        name, progress.candidate, progress.judged_step = progress.candidate, "", progress.step
+        prior = (yield from work(lambda: read_priors(self._encoder.bundle))).get(name)
+        if prior is None or learnt <= progress.candidate_nll:
+            return replace(state, progress=progress)
+        progress.prior = name
+        taken = replace(state, personal=prior.tensors, moments=Moments.zeros(prior.specs), progress=progress)
+        self._record(taken, prior, progress.candidate_nll)
+        return taken
 
-    def _step_bytes(self, step: int) -> int:
-        """What a step brings over the wire at most, if nothing has to be repeated."""
+    def _on_trial(self, progress: Progress, step: int) -> bool:
+        """Whether a candidate is judged after this step."""
+        return bool(progress.candidate) and step == trial_steps(self._config.steps)
+
+    def _measured(self, progress: Progress, step: int) -> bool:
+        return step % self._config.validate_every == 0 or step == self._config.steps or self._on_trial(progress, step)
+
+    def _step_bytes(self, progress: Progress) -> int:
+        """What the next step brings over the wire at most, if nothing has to be repeated."""
         manifest = self._encoder.bundle.manifest
         numbers = manifest.rows * manifest.fm.hidden_size
 
@@ -208,8 +228,9 @@ class Tuner:
             return sum(pair_bytes([one.prompt, one.target, one.prefix], numbers, manifest.rows, dtypes) for one in examples)
 
         soft, gradient = DTYPES[self._config.dtype], DTYPES[self._config.gradient_dtype]
+        step = progress.step + 1
         needed = total([self._training.examples[i] for i in self._batch(step)], [soft, gradient])
-        return needed + (total(self._validation.examples, [soft]) if self._measured(step) else 0)
+        return needed + (total(self._validation.examples, [soft]) if self._measured(progress, step) else 0)
 
     def _composed(self, batch: Encoded, personal: Tensors) -> Flow[Composed]:
         try:
@@ -218,12 +239,15 @@ class Tuner:
             raise Diverged(str(error)) from error
 
     def _validate(self, state: TuneState) -> Flow[None]:
-        """Measure the factors as they would rest on disk, and keep them if they are the best so far."""
+        """Measure the factors as they would rest on disk."""
         rounded = self._with(state.personal).at_rest()
-        nll = yield from self._measure(rounded)
+        self._record(state, rounded, (yield from self._measure(rounded)))
+
+    def _record(self, state: TuneState, factors: Factors, nll: float) -> None:
+        """Keep what was measured, and the factors if they are the best so far."""
         state.progress.validation.append((state.progress.step, nll))
         if nll < state.progress.best_nll:
-            state.progress.best_nll, state.progress.best_step, state.best = nll, state.progress.step, rounded.tensors
+            state.progress.best_nll, state.progress.best_step, state.best = nll, state.progress.step, factors.tensors
 
     def _measure(self, factors: Factors | None) -> Flow[float]:
         return self._calls.measure(factors, self._validation)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import reprlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypedDict, Unpack, get_args
@@ -48,6 +49,7 @@ _HOW_NOT_WHAT = ("patience", "low_priority", "max_steps", "max_seconds", "max_by
 """Settings that a resumed run may have otherwise."""
 _WHOLE = ("steps", "batch_size", "seed", "validate_every", "microbatch", "warmup", "early_stopping", "max_steps", "max_bytes")
 """Settings that count something."""
+_REAL = ("learning_rate", "weight_decay", "clip", "patience", "max_seconds")
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,12 @@ class TuneConfig:
     """Message bytes, both ways, that this call may use."""
 
     def __post_init__(self) -> None:
-        for name in _WHOLE:
-            if type(getattr(self, name)) is not int and getattr(self, name) is not None:
-                raise TuningError(f"{name} is {getattr(self, name)!r}, which is not a whole number")
+        for names, types, kind in ((_WHOLE, int, "a whole number"), (_REAL, (int, float), "a number")):
+            for name in names:
+                value = getattr(self, name)
+                left_out = value is None and name.startswith("max_")
+                if not left_out and (isinstance(value, bool) or not isinstance(value, types)):
+                    raise TuningError(f"{name} is {reprlib.repr(value)}, which is not {kind}")
         rules = {
             "steps": self.steps >= 1,
             "batch_size": self.batch_size >= 1,
@@ -190,14 +195,15 @@ class TuneReport:
     start_nll: float
     """Of the factors that the persona had before."""
     prior: str
-    """The bundle's prior that the run started from, chosen by training examples; empty for the bundle's plain start or the persona's own
-    factors. A persona that was never tuned, or is tuned with `fresh`, starts from a prior if the bundle has one that fits."""
+    """The bundle's prior that the run went on from after its first steps; empty for none. A persona that was never tuned, or is tuned with
+    `fresh`, begins at the bundle's plain start. If the bundle has a prior that fits the training examples, the run goes on from there
+    unless those steps have taught more of the validation examples than the prior knows."""
     best_nll: float
     """The lowest that was measured, factors rounded as they rest on disk; of the start if no step was better."""
     end_nll: float
     """Of the factors that the persona has now."""
     best_step: int
-    """0 when no step was better than the start, be that the persona's factors or a prior."""
+    """0 when nothing was better than the start; the step after which the prior was taken when the prior itself was the best."""
     steps: int
     """Steps done."""
     resumed_from: int
@@ -207,7 +213,7 @@ class TuneReport:
     gradient_norms: tuple[float, ...]
     """A step each: L2 norm over all personal gradients together, before clipping."""
     validation: tuple[tuple[int, float], ...]
-    """(steps done, NLL)."""
+    """(steps done, NLL). Twice after the same step when a prior was taken there."""
     training_examples: int
     validation_examples: int
     seconds: float

@@ -9,12 +9,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import lopa
 import numpy as np
 import pytest
 import torch
+from lopa.demo.device import examples
 from lopa.demo.users import TaskSizes
+from lopa.tuning import TuneOptions
 from lopa_exporters.frozen import FrozenModel, TokenPair
-from lopa_server.models import nano_folder
+from lopa_server.models import nano_bundle_folder, nano_folder
 from peft import PrefixTuningConfig, TaskType, get_peft_model
 
 from benchmarks.quality.cell import Cell, tune
@@ -27,10 +30,10 @@ from benchmarks.quality.learners.prompts import from_lopa
 from benchmarks.quality.learners.shared import rebuilt
 from benchmarks.quality.learners.starts import at_answers, with_rows
 from benchmarks.quality.learners.weights import full, lora
-from benchmarks.quality.material import Material
+from benchmarks.quality.material import Material, prepare
 from benchmarks.quality.methods import METHODS, UNTUNED, Bench
 from benchmarks.quality.store import Store
-from benchmarks.quality.tasks import ROOT
+from benchmarks.quality.tasks import ROOT, build, held_out_modules
 
 FUNCTION = '''def work_{i}_{n}(value):
     """Do thing {n} of part {i}."""
@@ -236,3 +239,30 @@ def explained(scores: torch.Tensor, answers: torch.Tensor) -> float:
     """Part of the answers' variance that a linear function of the scores gives."""
     scores, answers = scores - scores.mean(dim=0), answers - answers.mean(dim=0)
     return 1 - ((answers - scores @ torch.linalg.lstsq(scores, answers).solution).square().sum() / answers.square().sum()).item()
+
+
+@pytest.mark.parametrize("kind", ["completion", "filing"])
+def test_a_prior_is_on_trial_as_on_a_device(bench: Bench, kind: str, tmp_path: Path) -> None:
+    """The laboratory's learner against a persona that tunes over the wire, before and after the trial: one takes a prior, one does not."""
+    from lopa_server.app import ServerConfig, start_server
+
+    material = prepare(build("email", kind, held_out_modules("email"), 0), bench.fm, bench.encoder, size=20, seed=0)
+    learner = DeviceLearner(bench.fm, bench.encoder, material)
+    ours = tune(learner, material, Cell("default", kind, "email", steps=12, rate=0.03))
+    training, validation = (examples([material.items[row] for row in rows]) for rows in (material.training, material.validation))
+    config = ServerConfig(fm=nano_folder(), bundle=nano_bundle_folder(), threads=1)
+    options: TuneOptions = {
+        "steps": 12,
+        "batch_size": 8,
+        "learning_rate": 0.03,
+        "validate_every": 3,
+        "dtype": "F32",
+        "gradient_dtype": "F32",
+    }
+    options |= {"placement": "after_prefix" if material.items[0].prefix else "front"}
+    with start_server(config) as server, lopa.connect(server.address, config=lopa.ClientConfig(cache=tmp_path / "cache")) as client:
+        report = client.personal(tmp_path / "me").tune(training, validation=validation, **options)
+    assert report.prior == learner.prior == ("completion" if kind == "completion" else "")
+    theirs = dict(report.validation)
+    for step, nll in ours.curve:
+        assert nll == pytest.approx(theirs[step], rel=1e-3)

@@ -20,6 +20,7 @@ from lopa.examples import text_for_encoder
 from lopa.factors import Factors
 from lopa.folder import PersonaStore, personas
 from lopa.manifest import MANIFEST, AlignedSpec, Manifest, PriorSpec, TensorSpec, TuningDefaults
+from lopa.priors import trial_steps
 from lopa.protocol.requests import prompt_message, target_message
 from lopa.sources import read_jsonl
 from lopa.tensorfile import write_tensors
@@ -135,12 +136,15 @@ def test_sound_progress_comes_back(store: PersonaStore) -> None:
     ("field", "value"),
     [
         *(("step", value) for value in ("x", None, True, -5, 0, STEPS, 10**9)),
-        *(("best_nll", value) for value in (None, float("nan"))),
+        *(("best_nll", value) for value in (None, float("nan"), -float("inf"))),
+        *(("candidate", value) for value in (None, 1, [])),
+        *(("candidate_nll", value) for value in (None, "x", float("nan"))),
+        *(("judged_step", value) for value in (None, -1, 2, 0.5)),
         *(("losses", value) for value in (None, ["x"], [])),
-        *(("validation", value) for value in ([1], [(0,)], [("x", 1.0)], [(5, 1.0)], None)),
+        *(("validation", value) for value in ([1], [(0,)], [("x", 1.0)], [(5, 1.0)], [], None)),
         *(("outcome", value) for value in ("finished", "x", [])),
         ("best_step", 2),
-        ("seconds", "x"),
+        *(("seconds", value) for value in ("x", 10**400)),
         ("unknown", 1),
     ],
     ids=str,
@@ -150,6 +154,18 @@ def test_damaged_progress_is_a_folder_error(store: PersonaStore, monkeypatch: py
     monkeypatch.setattr("lopa.tune_state.Progress.to_json", lambda _: text)
     with pytest.raises(FolderError, match="damaged"):
         resumed(store)
+
+
+@pytest.mark.parametrize(("step", "last", "sound"), [(1, 0, True), (5, 5, True), (5, 4, False), (6, 5, False)])
+def test_a_candidate_waits_for_its_trial_only(store: PersonaStore, step: int, last: int, *, sound: bool) -> None:
+    """It is judged by what was measured after the trial's last step."""
+    assert trial_steps(STEPS) == 5
+    progress = {"step": step, "losses": [1.0] * step, "gradient_norms": [1.0] * step, "validation": [(0, 2.0), (last, 2.0)]}
+    if sound:
+        assert resumed(store, candidate="naming", **progress) is not None
+        return
+    with pytest.raises(FolderError, match="damaged"):
+        resumed(store, candidate="naming", **progress)
 
 
 def test_a_foreign_folder_among_the_leftovers_is_left_alone(store: PersonaStore) -> None:

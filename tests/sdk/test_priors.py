@@ -1,4 +1,4 @@
-"""Priors on the device: whoever was never tuned starts from the one that fits, at its rate, and is guarded as ever.
+"""Priors on the device: whoever was never tuned goes on from the one that fits, at its rate, and is guarded as ever.
 
 lopa-nano with the bundle that ships with it, and held-out users' own code.
 """
@@ -32,14 +32,40 @@ def completion() -> list[lopa.Example]:
     return examples(load_task("email", "completion").tuning[:24])
 
 
-def test_the_prior_that_fits_is_where_a_new_persona_starts(client: lopa.Client, completion: list[lopa.Example], tmp_path: Path) -> None:
+def test_the_prior_that_fits_is_where_a_new_persona_goes_on(client: lopa.Client, completion: list[lopa.Example], tmp_path: Path) -> None:
     persona = client.personal(tmp_path / "me")
     report = persona.tune(completion, **SETTINGS)
     assert report.prior == "completion" and report.kept
-    assert report.best_nll <= report.validation[0][1] < min(report.start_nll, report.plain_nll)
+    (zero, start), (before, own), (after, prior), (last, _) = report.validation
+    assert (zero, before, after, last) == (0, 2, 2, 4)
+    assert report.best_nll <= prior < min(own, start, report.plain_nll)
     again = persona.tune(completion, **SETTINGS)
     assert again.prior == "" and again.start_nll == pytest.approx(report.end_nll, rel=1e-3)
     assert persona.tune(completion, **SETTINGS, fresh=True).prior == "completion"
+
+
+def test_a_prior_that_knows_less_than_the_first_steps_teach_is_left(client: lopa.Client, tmp_path: Path) -> None:
+    """Answers that anybody's answers look like, and that are the user's own: a prior is better than nothing on every one of them."""
+    report = client.personal(tmp_path / "me").tune(tickets(), steps=20, batch_size=8, validate_every=10)
+    assert report.prior == "" and report.kept
+    assert [step for step, _ in report.validation] == [0, 5, 10, 20]
+    assert report.end_nll < 0.3 * min(report.start_nll, report.plain_nll)
+
+
+def tickets() -> list[lopa.Example]:
+    """Three teams' tickets, as no package of a population has them."""
+    asks = {
+        " billing": ("I was charged twice for {}", "the invoice for {} is wrong", "please refund {}"),
+        " shipping": ("the parcel with {} is late", "the courier lost {}", "the box with {} was damaged"),
+        " login": ("I can't sign in on {}", "the password for {} is rejected", "my account is locked on {}"),
+    }
+    things = ("my lamp", "order 1182", "the tablet", "a pair of shoes")
+    return [
+        lopa.Example(ask.format(thing) + "\nteam:", team, append_end=True)
+        for team, texts in asks.items()
+        for ask in texts
+        for thing in things
+    ]
 
 
 def test_without_one_that_fits_it_starts_as_ever(client: lopa.Client, tmp_path: Path) -> None:
@@ -51,20 +77,38 @@ def test_without_one_that_fits_it_starts_as_ever(client: lopa.Client, tmp_path: 
 def test_a_prior_that_no_step_improves_is_kept_itself(client: lopa.Client, completion: list[lopa.Example], tmp_path: Path) -> None:
     persona = client.personal(tmp_path / "me")
     report = persona.tune(completion, steps=2, batch_size=4, learning_rate=1e3, validate_every=1)
-    assert report.kept and report.prior == "completion" and report.best_step == 0
-    assert report.end_nll == report.best_nll == report.validation[0][1] < report.start_nll
+    assert report.kept and report.prior == "completion" and report.best_step == 1
+    assert report.end_nll == report.best_nll == report.validation[2][1] < report.start_nll
     assert persona.version == 2
 
 
-def test_an_interrupted_run_goes_on_at_the_prior_s_rate(client: lopa.Client, completion: list[lopa.Example], tmp_path: Path) -> None:
-    whole, parts = client.personal(tmp_path / "whole"), client.personal(tmp_path / "parts")
-    unbroken = whole.tune(completion, **SETTINGS)
-    stopped = parts.tune(completion, **SETTINGS, max_steps=2)
-    assert stopped.resumable and stopped.prior == "completion"
-    finished = parts.tune(completion, **SETTINGS)
-    assert (finished.resumed_from, finished.prior) == (2, "completion")
-    assert finished.losses == pytest.approx(unbroken.losses, abs=1e-4)
-    assert finished.end_nll == pytest.approx(unbroken.end_nll, abs=1e-4)
+def test_first_steps_that_diverge_have_taught_nothing(client: lopa.Client, completion: list[lopa.Example], tmp_path: Path) -> None:
+    """At this rate soft prompts are out of range after a step or two; at the prior's, a tenth of it, they are not."""
+    report = client.personal(tmp_path / "me").tune(completion, steps=20, batch_size=4, learning_rate=2.0, validate_every=20)
+    assert report.prior == "completion" and report.kept
+    assert report.validation[1][0] < 5 and report.best_nll <= report.validation[1][1]
+
+
+def test_stopping_early_waits_for_the_trial_and_counts_from_it(client: lopa.Client, completion: list[lopa.Example], tmp_path: Path) -> None:
+    """A start that is as good as it gets: no measurement after the trial is better."""
+    persona = client.personal(tmp_path / "me")
+    persona.tune(completion, steps=4, batch_size=4)
+    options: TuneOptions = {"steps": 20, "batch_size": 4, "learning_rate": 1e-9, "validate_every": 2, "fresh": True}
+    report = persona.tune(completion, **options, early_stopping=1)
+    assert (report.outcome, report.prior, report.kept) == ("early_stopped", "completion", False)
+    assert [step for step, _ in report.validation] == [0, 2, 4, 5, 5, 6]
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(client: lopa.Client, completion: list[lopa.Example], tmp_path: Path) -> None:
+    """Before its prior is taken, after which of its steps it would be, and at the prior's rate."""
+    unbroken = client.personal(tmp_path / "whole").tune(completion, **SETTINGS)
+    persona = client.personal(tmp_path / "parts")
+    parts = [persona.tune(completion, **SETTINGS, max_steps=1) for _ in range(4)]
+    assert [part.prior for part in parts] == ["", "", "completion", "completion"]
+    assert [part.resumed_from for part in parts] == [0, 1, 2, 3]
+    assert parts[-1].losses == pytest.approx(unbroken.losses, abs=1e-4)
+    for (step, nll), (other_step, other_nll) in zip(parts[-1].validation, unbroken.validation, strict=True):
+        assert step == other_step and nll == pytest.approx(other_nll, abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def _tell(report: TuneReport, *, as_json: bool) -> None:
     if report.resumable:
         print(f"stopped at step {report.steps} ({report.outcome}): run the same command again to go on")
     elif report.kept:
-        begun = f", begun from the prior of {report.prior}" if report.prior else ""
+        begun = f", by way of the prior of {report.prior}" if report.prior else ""
         print(f"version {report.version} saved: {change}, {report.factor_bytes} bytes, {report.seconds:.1f} s{begun}")
     else:
         than = f"before ({report.start_nll:.4f} nats per token) and the plain model ({report.plain_nll:.4f})"
