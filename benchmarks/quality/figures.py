@@ -14,6 +14,7 @@ from statistics import fmean
 
 import numpy as np
 from lopa.bundle import Bundle
+from lopa_exporters import defaults
 from lopa_exporters.lopa import LoPAConfig
 from lopa_server.models import nano_bundle_folder
 from numpy.typing import NDArray
@@ -201,7 +202,7 @@ def figures(results: Results) -> dict[str, float]:
 def wide_bytes() -> dict[str, float]:
     """What one user's numbers take at rest with a model of width `WIDE`: at the shipped bundle's ranks, and at an export's own."""
     shipped = replace(read_method(Bundle.open(nano_bundle_folder()))[0], hidden=WIDE)
-    plain = LoPAConfig(hidden=WIDE, features=shipped.features)
+    plain = LoPAConfig(hidden=WIDE, features=shipped.features, **defaults.factors())
     return {f"{name}_wide_bytes": bytes_at_rest(config.personal_count()) for name, config in (("default", shipped), ("export", plain))}
 
 

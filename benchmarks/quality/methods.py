@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from lopa.encoder import PromptEncoder
 from lopa_exporters.frozen import FrozenModel
-from lopa_exporters.lopa import LoPAConfig
+from lopa_exporters.lopa import LoPAConfig, init_lopa
 
 from benchmarks.quality.learners import prompts, shared, starts
 from benchmarks.quality.learners.dept import DecomposedLearner
@@ -57,6 +58,12 @@ def _factors(bench: Bench, material: Material, seed: int, *, trained: bool = Tru
     return prompts.from_lopa(bench.fm, material, starts.at_answers(lopa, material) if aligned else lopa)
 
 
+def _exported(bench: Bench, material: Material, seed: int) -> Learner:
+    config = shared.exported(bench.fm, next(iter(material.features.values())).shape[1])
+    lopa = init_lopa(config, bench.fm.vocabulary(), torch.Generator().manual_seed(seed))
+    return prompts.from_lopa(bench.fm, material, starts.at_answers(lopa, material))
+
+
 def _factors_of_rows(bench: Bench, material: Material, seed: int, *, rows: int) -> Learner:
     lopa = starts.with_rows(shared.rebuilt(bench.encoder.bundle, bench.fm, seed, trained=True), bench.fm.vocabulary(), seed, rows)
     return prompts.from_lopa(bench.fm, material, starts.at_answers(lopa, material))
@@ -68,7 +75,7 @@ def _prompt(start: str, rows: int = ROWS) -> Make:
 
 def prompts_from_prior(bench: Bench, material: Material, _seed: int) -> Learner:
     """SPoT (Vu et al. 2022): plain prompt tuning from the mean soft prompt that the default would start with on the user's items."""
-    start = DeviceLearner(bench.fm, bench.encoder, material)
+    start = DeviceLearner(bench.fm, bench.encoder, material, trial=0)
     return prompts.from_prompt(bench.fm, material, start.soft(material.training).mean(dim=0), start.rate)
 
 
@@ -84,7 +91,9 @@ METHODS: dict[str, Method] = {
         lambda bench, material, _: DeviceLearner(bench.fm, bench.encoder, material, priors=False),
         like="default",
     ),
-    "prior_alone": Method("the prior alone, never tuned", lambda bench, material, _: DeviceLearner(bench.fm, bench.encoder, material)),
+    "prior_alone": Method(
+        "the prior alone, never tuned", lambda bench, material, _: DeviceLearner(bench.fm, bench.encoder, material, trial=0)
+    ),
     "prompt_tuning_prior": Method("prompt tuning from the default's prior", prompts_from_prior, like="prompt_tuning"),
     "prompt_tuning_random": Method("prompt tuning, random start", _prompt("RANDOM"), rate=0.1),
     **{
@@ -106,6 +115,7 @@ METHODS: dict[str, Method] = {
         f"heads_{name}": Method(f"LoPA heads, {name} for product", partial(_heads, composition=name), like="heads")
         for name in ("add", "concat", "max")
     },
+    "factors_exported": Method("factors as `lopa export` makes them, over random heads", _exported, like="default"),
     "factors_untrained": Method("factors over random heads", partial(_factors, trained=False), like="default"),
     "factors_no_instance": Method("factors of Z alone", partial(_factors, corrections={}), like="default"),
     "factors_constant": Method("factors without an instance part", partial(_factors, corrections={}, composition="none"), like="default"),

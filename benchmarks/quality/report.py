@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
-from lopa.priors import CHOSEN_BY, FITS
+from lopa.priors import CHOSEN_BY, FITS, TRIAL_STEPS
 
 from benchmarks.quality.cell import BATCH, MEASUREMENTS, STEPS, Cell
 from benchmarks.quality.figures import (
@@ -36,6 +37,8 @@ from benchmarks.quality.tasks import DEVELOPERS, TASKS
 TEMPLATE = Path(__file__).with_name("report.md")
 BORDERS = Path(__file__).parents[1] / "results" / "borders.json"
 """Written by benchmarks/borders.py."""
+CHOOSING = BORDERS.with_name("choosing.json")
+"""Written by benchmarks/choosing.py."""
 COLUMNS = ("method", "NLL", "gain", "users better", "exact", "right label", "numbers", "device", "server", "tuning", "wire")
 TITLES = {"completion": "Completion", "filing": "Filing", "naming": "Naming", "docstring": "Docstring"}
 STAGES = {
@@ -53,8 +56,11 @@ STAGES = {
 def write(results: Results, rates: Rates, path: Path, pictures: Sequence[Path]) -> None:
     """Fill the template's fields: {main}, {verdicts}, {priors}, {examples}, {sweeps}, {rates}, {pictures} and single values."""
     borders = json.loads(BORDERS.read_text(encoding="utf-8"))["figures"]
+    choosing = json.loads(CHOOSING.read_text(encoding="utf-8"))
     values = {
         **{name: f"{gain:.1%}" for name, gain in borders.items()},
+        **{name: f"{value:.2f}" if "_nll_" in name else f"{value:.0%}" for name, value in choosing["figures"].items()},
+        **{f"{kind}_sizes": ", ".join(map(str, _sizes(choosing["rows"], kind))) for kind in ("own_labels", "shared_kind")},
         **settings(),
         **quoted(results),
         "main": main_tables(results),
@@ -74,6 +80,10 @@ def write(results: Results, rates: Rates, path: Path, pictures: Sequence[Path]) 
     path.write_text(text, encoding="utf-8")
 
 
+def _sizes(rows: Sequence[Mapping[str, Any]], kind: str) -> list[int]:
+    return sorted({row["size"] for row in rows if row["kind"] == kind})
+
+
 def settings() -> dict[str, str]:
     """How everything was measured."""
     return {
@@ -88,6 +98,7 @@ def settings() -> dict[str, str]:
         "resamples": f"{RESAMPLES:,}",
         "fits": f"{FITS:.0%}",
         "chosen_by": str(CHOSEN_BY),
+        "trial_steps": str(TRIAL_STEPS),
         "wide": f"{WIDE:,}",
     }
 

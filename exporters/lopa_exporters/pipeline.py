@@ -18,6 +18,7 @@ from lopa_exporters.backbone import plain_tokenizer
 from lopa_exporters.bundle import check_place, export_bundle, read_fm_spec
 from lopa_exporters.curves import EventWriter, plot
 from lopa_exporters.data import Dataset, Example, build_dataset, persons_of, read_examples, split_rows
+from lopa_exporters.defaults import Z_GAIN
 from lopa_exporters.encoder import Encoder, EncoderConfig, NoEncoder
 from lopa_exporters.frozen import FrozenModel
 from lopa_exporters.lopa import LoPA, LoPAConfig, init_lopa
@@ -49,7 +50,7 @@ class ExportPlan:
     method: LoPAConfig
     """Its `hidden` and `features` are replaced by those of the models."""
     gain_from_vocabulary: bool = True
-    """Profile factors: set `z_gain` to the root mean square of the model's embeddings."""
+    """Profile factors: set `z_gain` to `defaults.Z_GAIN` root mean squares of the model's embeddings."""
     population: Path | None = None
     """Examples to train the shared part on; without them the heads stay random and features are not standardized."""
     run: Path | None = None
@@ -181,7 +182,7 @@ def start_lopa(plan: ExportPlan, fm: FrozenModel, encoder: Encoder | NoEncoder) 
     vocabulary = fm.vocabulary()
     method = dataclasses.replace(plan.method, hidden=fm.hidden, features=encoder.width)
     if plan.gain_from_vocabulary and method.profile == "factors":
-        method = dataclasses.replace(method, z_gain=float(f"{vocabulary.square().mean().sqrt().item():.4g}"))
+        method = dataclasses.replace(method, z_gain=float(f"{Z_GAIN * vocabulary.square().mean().sqrt().item():.4g}"))
     return init_lopa(method, vocabulary, torch.Generator().manual_seed(plan.seed))
 
 

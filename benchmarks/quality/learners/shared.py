@@ -8,6 +8,7 @@ from typing import Any
 import onnx
 import torch
 from lopa.bundle import Bundle
+from lopa_exporters import defaults
 from lopa_exporters.frozen import FrozenModel
 from lopa_exporters.lopa import MATRICES, LoPA, LoPAConfig, Tensors, init_lopa
 from onnx import numpy_helper
@@ -29,6 +30,12 @@ def rebuilt(bundle: Bundle, fm: FrozenModel, seed: int, *, trained: bool, **chan
     config = dataclasses.replace(config, **changes)
     fresh = init_lopa(config, fm.vocabulary(), torch.Generator().manual_seed(seed))
     return LoPA(config, {name: trained_part[name] for name in fresh.shared}, fresh.start) if trained else fresh
+
+
+def exported(fm: FrozenModel, features: int) -> LoPAConfig:
+    """What `lopa export` makes for this model unless told otherwise, with an encoder of so many features."""
+    rms = fm.vocabulary().square().mean().sqrt().item()
+    return LoPAConfig(hidden=fm.hidden, features=features, **defaults.factors(), z_gain=defaults.Z_GAIN * rms)
 
 
 def read_method(bundle: Bundle) -> tuple[LoPAConfig, Tensors]:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from lopa_exporters import defaults
 from lopa_exporters.cli.output import TerminalReporter, failing, show
+
+if TYPE_CHECKING:
+    from lopa_exporters.lopa import LoPAConfig
 
 Profile = Literal["factors", "heads", "prompt"]
 Composition = Literal["product", "add", "concat", "max", "none"]
 Pooling = Literal["auto", "mean", "cls", "last", "pooler"]
 Scheme = Literal["none", "fp16", "int8", "int4"]
+CORRECTIONS = ",".join(f"{name}={rank}" for name, rank in defaults.CORRECTIONS.items())
+HEAD_WIDTH_HELP = f"Inner width of the heads; 0: the encoder's. Default: {defaults.HEAD_WIDTH} with factors, else the encoder's."
+TUNING_RATE_HELP = "Learning rate of devices, and of persons in training. Default: " + ", ".join(
+    f"{rate:g} with {profile}" for profile, rate in defaults.TUNING_RATES.items()
+)
 _METHOD, _TRAINING, _ENCODER, _SIZE = "Method", "Training from a population", "Encoder", "Quantization"
 
 
@@ -32,11 +41,11 @@ def build(
     composition: Annotated[Composition, typer.Option(help="How Z_S and U V^T become Z.", rich_help_panel=_METHOD)] = "product",
     rows: Annotated[int, typer.Option(min=1, help="m, rows of the soft prompt.", rich_help_panel=_METHOD)] = 10,
     rank: Annotated[int, typer.Option(min=1, help="r, rank of the instance part.", rich_help_panel=_METHOD)] = 4,
-    head_width: Annotated[int, typer.Option(min=0, help="Inner width of the heads; 0: the encoder's.", rich_help_panel=_METHOD)] = 0,
-    z_rank: Annotated[int, typer.Option(min=1, help="k, rank of the personal prompt.", rich_help_panel=_METHOD)] = 1,
+    head_width: Annotated[int | None, typer.Option(min=0, help=HEAD_WIDTH_HELP, show_default=False, rich_help_panel=_METHOD)] = None,
+    z_rank: Annotated[int, typer.Option(min=1, help="k, rank of the personal prompt.", rich_help_panel=_METHOD)] = defaults.Z_RANK,
     corrections: Annotated[
         str, typer.Option(help='Personal rank by head matrix: "W1u=1,W2v=2"; "none" for none.', rich_help_panel=_METHOD)
-    ] = "W1u=1,W2u=1,W1v=1,W2v=1",
+    ] = CORRECTIONS,
     output_std: Annotated[float, typer.Option(min=0, help="Start of the heads' output weights.", rich_help_panel=_METHOD)] = 0.02,
     population: Annotated[
         Path | None,
@@ -54,7 +63,7 @@ def build(
     shared_rate: Annotated[float, typer.Option(min=0, help="Learning rate of the shared part.", rich_help_panel=_TRAINING)] = 1e-3,
     start_rate: Annotated[float, typer.Option(min=0, max=1, help="Reptile rate of the start values.", rich_help_panel=_TRAINING)] = 0.0,
     bf16: Annotated[bool, typer.Option(help="Train under bfloat16 autocast.", rich_help_panel=_TRAINING)] = False,
-    tuning_rate: Annotated[float, typer.Option(min=0, help="Learning rate of devices, and of persons in training.")] = 1e-2,
+    tuning_rate: Annotated[float | None, typer.Option(min=0, help=TUNING_RATE_HELP, show_default=False)] = None,
     tuning_steps: Annotated[int, typer.Option(min=1, help="Steps that devices take by default.")] = 100,
     seed: Annotated[int, typer.Option(help="Of start values and order.")] = 0,
     trained: Annotated[
@@ -79,7 +88,6 @@ def build(
     from lopa_exporters.cohort import StepSettings
     from lopa_exporters.encoder import EncoderConfig
     from lopa_exporters.hub import resolve_folder
-    from lopa_exporters.lopa import LoPAConfig
     from lopa_exporters.pipeline import ExportPlan, make_bundle
     from lopa_exporters.population import PopulationConfig
     from lopa_exporters.quality import Gate
@@ -89,6 +97,7 @@ def build(
     with failing():
         folder = resolve_folder(fm)
         own = encoder == "fm"
+        rate = defaults.TUNING_RATES[profile] if tuning_rate is None else tuning_rate
         plan = ExportPlan(
             fm=folder,
             fm_name="" if Path(fm).exists() else fm,
@@ -100,29 +109,18 @@ def build(
                 max_tokens=max_tokens,
                 truncation_side=truncation_side,
             ),
-            method=LoPAConfig(
-                hidden=1,
-                features=1,
-                rows=rows,
-                rank=rank,
-                head_width=head_width,
-                composition="none" if profile == "prompt" else composition,
-                profile=profile,
-                z_rank=z_rank,
-                corrections=parse_corrections(corrections),
-                output_std=output_std,
-            ),
+            method=method_of(profile, composition, rows, rank, head_width, z_rank, corrections, output_std),
             population=population,
             run=run or out.with_name(f"{out.name}.run"),
             training=PopulationConfig(
                 steps=steps,
                 lifetime=lifetime,
-                personal=StepSettings(tuning_rate),
+                personal=StepSettings(rate),
                 shared_rate=shared_rate,
                 start_rate=start_rate,
                 seed=seed,
             ),
-            tuning=TuningDefaults(learning_rate=tuning_rate, steps=tuning_steps),
+            tuning=TuningDefaults(learning_rate=rate, steps=tuning_steps),
             bf16=bf16,
             seed=seed,
             quantize=quantize,
@@ -132,6 +130,39 @@ def build(
         )
         made = make_bundle(plan, TerminalReporter())
     show(made, plan)
+
+
+def method_of(
+    profile: Profile,
+    composition: Composition,
+    rows: int,
+    rank: int,
+    head_width: int | None,
+    z_rank: int,
+    corrections: str,
+    output_std: float,
+) -> LoPAConfig:
+    """The method of these options; `hidden` and `features` are the models' to say.
+
+    Raises:
+        ValueError: a value out of range, or values that don't go together.
+    """
+    from lopa_exporters.lopa import LoPAConfig
+
+    return LoPAConfig(
+        hidden=1,
+        features=1,
+        rows=rows,
+        rank=rank,
+        head_width=(defaults.HEAD_WIDTH if profile == "factors" else 0) if head_width is None else head_width,
+        composition="none" if profile == "prompt" else composition,
+        profile=profile,
+        z_rank=z_rank,
+        corrections=parse_corrections(corrections),
+        correction_gain=defaults.CORRECTION_GAIN,
+        spread=defaults.SPREAD,
+        output_std=output_std,
+    )
 
 
 def parse_corrections(text: str) -> dict[str, int]:

@@ -62,7 +62,7 @@ def show(made: Made, plan: ExportPlan) -> None:
     print_table(f"Bundle {made.bundle.manifest.id[:16]} in {made.bundle.folder}", rows)
     if plan.population is None and plan.trained is None and made.bundle.manifest.profile == "factors":
         Console(stderr=True).print(
-            "[bold red]No population was given: the shared heads are random.[/] Fine for a test; for users, give --population.",
+            "[yellow]No population was given: the shared heads are random.[/] Users can tune over them; --population makes a better start.",
             highlight=False,
         )
 

@@ -28,7 +28,7 @@ def priors(
 ) -> None:
     """Copy a bundle and give it priors: factors tuned on everybody's examples of a kind of task.
 
-    Devices whose persona was never tuned start from the prior that fits their examples, if one does. Good for tasks whose answers mean the
+    Devices whose persona was never tuned go on from the prior that fits their examples, if one does. Good for tasks whose answers mean the
     same for everybody; where each user has labels of their own, leave the task out.
     """
     from lopa.bundle import Bundle

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from lopa_exporters.cli.build import Composition, Pooling, Profile, parse_corrections
+from lopa_exporters import defaults
+from lopa_exporters.cli.build import CORRECTIONS, HEAD_WIDTH_HELP, TUNING_RATE_HELP, Composition, Pooling, Profile, method_of
 from lopa_exporters.cli.output import TerminalReporter, failing
 
 
@@ -23,15 +24,15 @@ def train_encoder(
     composition: Annotated[Composition, typer.Option(help="How Z_S and U V^T become Z.")] = "product",
     rows: Annotated[int, typer.Option(min=1, help="m, rows of the soft prompt; they start from vocabulary embeddings.")] = 10,
     rank: Annotated[int, typer.Option(min=1, help="r, rank of the instance part.")] = 4,
-    head_width: Annotated[int, typer.Option(min=0, help="Inner width of the heads; 0: the encoder's.")] = 0,
-    z_rank: Annotated[int, typer.Option(min=1, help="k, rank of the personal prompt.")] = 1,
-    corrections: Annotated[str, typer.Option(help='Personal rank by head matrix: "W1u=1,W2v=2".')] = "W1u=1,W2u=1,W1v=1,W2v=1",
+    head_width: Annotated[int | None, typer.Option(min=0, help=HEAD_WIDTH_HELP, show_default=False)] = None,
+    z_rank: Annotated[int, typer.Option(min=1, help="k, rank of the personal prompt.")] = defaults.Z_RANK,
+    corrections: Annotated[str, typer.Option(help='Personal rank by head matrix: "W1u=1,W2v=2".')] = CORRECTIONS,
     output_std: Annotated[float, typer.Option(min=0, help="Start of the heads' output weights.")] = 0.02,
     steps: Annotated[int, typer.Option(min=1)] = 2000,
     persons: Annotated[int, typer.Option(min=1, help="Persons in one step.")] = 4,
     batch: Annotated[int, typer.Option(min=1, help="Examples of each person in one step.")] = 8,
     lifetime: Annotated[int, typer.Option(min=0, help="Steps until a person starts anew; 0: joint training.")] = 100,
-    tuning_rate: Annotated[float, typer.Option(min=0, help="Learning rate of persons, and of devices later.")] = 1e-2,
+    tuning_rate: Annotated[float | None, typer.Option(min=0, help=TUNING_RATE_HELP, show_default=False)] = None,
     shared_rate: Annotated[float, typer.Option(min=0, help="Learning rate of the shared part.")] = 1e-3,
     start_rate: Annotated[float, typer.Option(min=0, max=1, help="Reptile rate of the start values.")] = 0.0,
     bf16: Annotated[bool | None, typer.Option(help="bfloat16 autocast. Default: on CUDA.")] = None,
@@ -43,7 +44,6 @@ def train_encoder(
     from lopa_exporters.cohort import StepSettings
     from lopa_exporters.encoder import EncoderConfig
     from lopa_exporters.hub import resolve_folder
-    from lopa_exporters.lopa import LoPAConfig
     from lopa_exporters.pipeline import ExportPlan, train
     from lopa_exporters.population import PopulationConfig
 
@@ -53,24 +53,14 @@ def train_encoder(
         folder = resolve_folder(fm)
         own = encoder == "fm"
         layers = encoder_layers or (2 if own else 0)
-        method = LoPAConfig(
-            hidden=1,
-            features=1,
-            rows=rows,
-            rank=rank,
-            head_width=head_width,
-            composition="none" if profile == "prompt" else composition,
-            profile=profile,
-            z_rank=z_rank,
-            corrections=parse_corrections(corrections),
-            output_std=output_std,
-        )
+        method = method_of(profile, composition, rows, rank, head_width, z_rank, corrections, output_std)
+        rate = defaults.TUNING_RATES[profile] if tuning_rate is None else tuning_rate
         training = PopulationConfig(
             steps=steps,
             persons=persons,
             rows=batch,
             lifetime=lifetime,
-            personal=StepSettings(tuning_rate),
+            personal=StepSettings(rate),
             shared_rate=shared_rate,
             start_rate=start_rate,
             seed=seed,
