@@ -137,7 +137,7 @@ def train(plan: ExportPlan, reporter: Reporter) -> Path:
         raise ValueError(f"profile {plan.method.profile} shares nothing; give start_rate to train where its users begin")
     dataset = prepare(plan.population, fm, encoder, lopa.config, reporter)
     lopa = _train(plan, fm, dataset, lopa, reporter)
-    Trained.of(spec.fingerprint, encoder, lopa).save(plan.run)
+    Trained.of(spec.fingerprint, encoder, lopa, plan.training.personal.learning_rate).save(plan.run)
     return plot(plan.run)
 
 

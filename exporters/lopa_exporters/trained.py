@@ -14,22 +14,28 @@ from lopa_exporters.lopa import LoPA, Tensors, config_from_dict, config_to_dict
 
 TENSORS, VALUES = "trained.safetensors", "trained.json"
 CONSTANTS = ("mean", "scale")
+BEFORE = 1e-2
+"""The tuning rate of runs that did not write theirs down."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What training gave. fingerprint: of the foundation model. constants: the encoder's mean and scale, (h,) each; none without one."""
+    """What training gave. fingerprint: of the foundation model. constants: the encoder's mean and scale, (h,) each; none without one.
+
+    tuning_rate: of the persons in training, and so of devices.
+    """
 
     fingerprint: str
     encoder: EncoderConfig
     lopa: LoPA
     constants: Tensors
+    tuning_rate: float
 
     @classmethod
-    def of(cls, fingerprint: str, encoder: Encoder | NoEncoder, lopa: LoPA) -> Trained:
+    def of(cls, fingerprint: str, encoder: Encoder | NoEncoder, lopa: LoPA, tuning_rate: float) -> Trained:
         """From a finished run."""
         constants = {name: getattr(encoder, name).cpu() for name in CONSTANTS} if isinstance(encoder, Encoder) else {}
-        return cls(fingerprint, encoder.config, lopa, constants)
+        return cls(fingerprint, encoder.config, lopa, constants, tuning_rate)
 
     def save(self, folder: Path) -> None:
         """Write both files; the values last, by one rename, so that they stand for both."""
@@ -41,6 +47,7 @@ class Trained:
             "fingerprint": self.fingerprint,
             "encoder": dataclasses.asdict(self.encoder),
             "method": config_to_dict(self.lopa.config),
+            "tuning_rate": self.tuning_rate,
             "names": {"shared": list(self.lopa.shared), "start": list(self.lopa.start)},
         }
         staged = folder / f"{VALUES}.new"
@@ -62,7 +69,8 @@ class Trained:
             parts = {kind: {name: tensors[f"{kind}/{name}"] for name in names} for kind, names in values["names"].items()}
             constants = {name: tensors[f"encoder/{name}"] for name in CONSTANTS if f"encoder/{name}" in tensors}
             lopa = LoPA(config_from_dict(values["method"]), parts["shared"], parts["start"])
-            return cls(values["fingerprint"], EncoderConfig(**values["encoder"]), lopa, constants)
+            rate = float(values.get("tuning_rate", BEFORE))
+            return cls(values["fingerprint"], EncoderConfig(**values["encoder"]), lopa, constants, rate)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{folder} does not hold a trained encoder: {type(error).__name__}: {error}") from error
 

@@ -11,6 +11,7 @@ import pytest
 from lopa.bundle import Bundle
 from lopa.cli import main
 from lopa_exporters.cli import parse_corrections
+from lopa_exporters.cli.build import rate_of
 
 SMALL = ["--rows", "3", "--rank", "1", "--encoder-layers", "1", "--max-tokens", "32"]
 
@@ -63,7 +64,15 @@ def test_mistakes_are_told_in_one_line(
 
 
 def test_corrections_are_parsed() -> None:
-    assert parse_corrections("W1u=1, W2v=3") == {"W1u": 1, "W2v": 3}
+    assert parse_corrections("W1u=1, W2v=3 , W1v=2") == {"W1u": 1, "W2v": 3, "W1v": 2}
+    with pytest.raises(ValueError, match="each matrix once"):
+        parse_corrections("W1u=1,W1u=2")
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_rate_that_teaches_nothing_is_told_before_anything_is_loaded(rate: float) -> None:
+    with pytest.raises(ValueError, match="above 0"):
+        rate_of("factors", rate)
     assert parse_corrections("none") == {}
 
 

@@ -44,6 +44,7 @@ def events(folder: Path) -> list[int]:
 def test_train_go_on_and_export(fm_folder: Path, population: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     arguments = ["--fm", fm_folder, "--population", population, "--run", folder, "--steps", 6, "--lifetime", 3, *SMALL]
+    arguments += ["--tuning-rate", 0.005]
     assert run("train-encoder", *arguments) == 0
     assert "--trained" in capsys.readouterr().out
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -55,7 +56,8 @@ def test_train_go_on_and_export(fm_folder: Path, population: Path, tmp_path: Pat
     out = tmp_path / "bundle"
     assert run("export", "--fm", fm_folder, "--trained", folder, "--out", out) == 0
     assert "random" not in capsys.readouterr().err
-    assert (Bundle.open(out).manifest.rows, Bundle.open(out).manifest.encoder.max_tokens) == (3, 32)
+    manifest = Bundle.open(out).manifest
+    assert (manifest.rows, manifest.encoder.max_tokens, manifest.tuning.learning_rate) == (3, 32, 0.005)
     other = build_tiny_fm(tmp_path / "other", seed=3)
     assert run("export", "--fm", other, "--trained", folder, "--out", tmp_path / "x") == 1
     assert "was trained for the model" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -19,7 +20,7 @@ Pooling = Literal["auto", "mean", "cls", "last", "pooler"]
 Scheme = Literal["none", "fp16", "int8", "int4"]
 CORRECTIONS = ",".join(f"{name}={rank}" for name, rank in defaults.CORRECTIONS.items())
 HEAD_WIDTH_HELP = f"Inner width of the heads; 0: the encoder's. Default: {defaults.HEAD_WIDTH} with factors, else the encoder's."
-TUNING_RATE_HELP = "Learning rate of devices, and of persons in training. Default: " + ", ".join(
+TUNING_RATE_HELP = "Learning rate of devices, and of persons in training. Default: that of --trained; else " + ", ".join(
     f"{rate:g} with {profile}" for profile, rate in defaults.TUNING_RATES.items()
 )
 _METHOD, _TRAINING, _ENCODER, _SIZE = "Method", "Training from a population", "Encoder", "Quantization"
@@ -42,7 +43,9 @@ def build(
     rows: Annotated[int, typer.Option(min=1, help="m, rows of the soft prompt.", rich_help_panel=_METHOD)] = 10,
     rank: Annotated[int, typer.Option(min=1, help="r, rank of the instance part.", rich_help_panel=_METHOD)] = 4,
     head_width: Annotated[int | None, typer.Option(min=0, help=HEAD_WIDTH_HELP, show_default=False, rich_help_panel=_METHOD)] = None,
-    z_rank: Annotated[int, typer.Option(min=1, help="k, rank of the personal prompt.", rich_help_panel=_METHOD)] = defaults.Z_RANK,
+    z_rank: Annotated[
+        int, typer.Option(min=1, help="k, rank of the personal prompt; at most m.", rich_help_panel=_METHOD)
+    ] = defaults.Z_RANK,
     corrections: Annotated[
         str, typer.Option(help='Personal rank by head matrix: "W1u=1,W2v=2"; "none" for none.', rich_help_panel=_METHOD)
     ] = CORRECTIONS,
@@ -97,7 +100,7 @@ def build(
     with failing():
         folder = resolve_folder(fm)
         own = encoder == "fm"
-        rate = defaults.TUNING_RATES[profile] if tuning_rate is None else tuning_rate
+        rate = rate_of(profile, tuning_rate, trained)
         plan = ExportPlan(
             fm=folder,
             fm_name="" if Path(fm).exists() else fm,
@@ -157,12 +160,27 @@ def method_of(
         head_width=(defaults.HEAD_WIDTH if profile == "factors" else 0) if head_width is None else head_width,
         composition="none" if profile == "prompt" else composition,
         profile=profile,
-        z_rank=z_rank,
+        z_rank=min(z_rank, rows),
         corrections=parse_corrections(corrections),
         correction_gain=defaults.CORRECTION_GAIN,
         spread=defaults.SPREAD,
         output_std=output_std,
     )
+
+
+def rate_of(profile: Profile, given: float | None, trained: Path | None = None) -> float:
+    """The learning rate of devices: as given, else that of the run `trained`, else the profile's.
+
+    Raises:
+        ValueError, OSError: it is not above 0, or there is no such run.
+    """
+    from lopa_exporters.trained import Trained
+
+    if given is None:
+        return defaults.TUNING_RATES[profile] if trained is None else Trained.load(trained).tuning_rate
+    if not 0 < given < math.inf:
+        raise ValueError(f"tuning rate is {given}; it must be above 0")
+    return given
 
 
 def parse_corrections(text: str) -> dict[str, int]:
@@ -173,7 +191,7 @@ def parse_corrections(text: str) -> dict[str, int]:
     """
     if text == "none":
         return {}
-    pairs = [part.partition("=") for part in text.split(",")]
-    if any(not name or not rank.isdecimal() for name, _, rank in pairs):
-        raise ValueError(f'corrections is {text!r}; a list such as "W1u=1,W2v=2", or "none", is needed')
-    return {name.strip(): int(rank) for name, _, rank in pairs}
+    pairs = [(name.strip(), rank.strip()) for name, _, rank in (part.partition("=") for part in text.split(","))]
+    if any(not name or not rank.isdecimal() for name, rank in pairs) or len(dict(pairs)) < len(pairs):
+        raise ValueError(f'corrections is {text!r}; a list such as "W1u=1,W2v=2", each matrix once, or "none", is needed')
+    return {name: int(rank) for name, rank in pairs}

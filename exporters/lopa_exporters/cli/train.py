@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lopa_exporters import defaults
-from lopa_exporters.cli.build import CORRECTIONS, HEAD_WIDTH_HELP, TUNING_RATE_HELP, Composition, Pooling, Profile, method_of
+from lopa_exporters.cli.build import CORRECTIONS, HEAD_WIDTH_HELP, TUNING_RATE_HELP, Composition, Pooling, Profile, method_of, rate_of
 from lopa_exporters.cli.output import TerminalReporter, failing
 
 
@@ -25,8 +25,8 @@ def train_encoder(
     rows: Annotated[int, typer.Option(min=1, help="m, rows of the soft prompt; they start from vocabulary embeddings.")] = 10,
     rank: Annotated[int, typer.Option(min=1, help="r, rank of the instance part.")] = 4,
     head_width: Annotated[int | None, typer.Option(min=0, help=HEAD_WIDTH_HELP, show_default=False)] = None,
-    z_rank: Annotated[int, typer.Option(min=1, help="k, rank of the personal prompt.")] = defaults.Z_RANK,
-    corrections: Annotated[str, typer.Option(help='Personal rank by head matrix: "W1u=1,W2v=2".')] = CORRECTIONS,
+    z_rank: Annotated[int, typer.Option(min=1, help="k, rank of the personal prompt; at most m.")] = defaults.Z_RANK,
+    corrections: Annotated[str, typer.Option(help='Personal rank by head matrix: "W1u=1,W2v=2"; "none" for none.')] = CORRECTIONS,
     output_std: Annotated[float, typer.Option(min=0, help="Start of the heads' output weights.")] = 0.02,
     steps: Annotated[int, typer.Option(min=1)] = 2000,
     persons: Annotated[int, typer.Option(min=1, help="Persons in one step.")] = 4,
@@ -54,7 +54,7 @@ def train_encoder(
         own = encoder == "fm"
         layers = encoder_layers or (2 if own else 0)
         method = method_of(profile, composition, rows, rank, head_width, z_rank, corrections, output_std)
-        rate = defaults.TUNING_RATES[profile] if tuning_rate is None else tuning_rate
+        rate = rate_of(profile, tuning_rate)
         training = PopulationConfig(
             steps=steps,
             persons=persons,
