@@ -14,7 +14,7 @@ from lopa_exporters.lopa import LoPA, Tensors, config_from_dict, config_to_dict
 
 TENSORS, VALUES = "trained.safetensors", "trained.json"
 CONSTANTS = ("mean", "scale")
-BEFORE = 1e-2
+UNWRITTEN_RATE = 1e-2
 """The tuning rate of runs that did not write theirs down."""
 
 
@@ -69,7 +69,7 @@ class Trained:
             parts = {kind: {name: tensors[f"{kind}/{name}"] for name in names} for kind, names in values["names"].items()}
             constants = {name: tensors[f"encoder/{name}"] for name in CONSTANTS if f"encoder/{name}" in tensors}
             lopa = LoPA(config_from_dict(values["method"]), parts["shared"], parts["start"])
-            rate = float(values.get("tuning_rate", BEFORE))
+            rate = float(values.get("tuning_rate", UNWRITTEN_RATE))
             return cls(values["fingerprint"], EncoderConfig(**values["encoder"]), lopa, constants, rate)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{folder} does not hold a trained encoder: {type(error).__name__}: {error}") from error

@@ -174,13 +174,15 @@ def rate_of(profile: Profile, given: float | None, trained: Path | None = None) 
     Raises:
         ValueError, OSError: it is not above 0, or there is no such run.
     """
+    if given is not None:
+        if not 0 < given < math.inf:
+            raise ValueError(f"tuning rate is {given}; it must be above 0 and finite")
+        return given
+    if trained is None:
+        return defaults.TUNING_RATES[profile]
     from lopa_exporters.trained import Trained
 
-    if given is None:
-        return defaults.TUNING_RATES[profile] if trained is None else Trained.load(trained).tuning_rate
-    if not 0 < given < math.inf:
-        raise ValueError(f"tuning rate is {given}; it must be above 0")
-    return given
+    return Trained.load(trained).tuning_rate
 
 
 def parse_corrections(text: str) -> dict[str, int]:
