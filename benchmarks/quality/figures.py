@@ -202,7 +202,7 @@ def figures(results: Results) -> dict[str, float]:
 def wide_bytes() -> dict[str, float]:
     """What one user's numbers take at rest with a model of width `WIDE`: at the shipped bundle's ranks, and at an export's own."""
     shipped = replace(read_method(Bundle.open(nano_bundle_folder()))[0], hidden=WIDE)
-    plain = LoPAConfig(hidden=WIDE, features=shipped.features, **defaults.factors())
+    plain = LoPAConfig(hidden=WIDE, features=defaults.FEATURES, **defaults.factors())
     return {f"{name}_wide_bytes": bytes_at_rest(config.personal_count()) for name, config in (("default", shipped), ("export", plain))}
 
 

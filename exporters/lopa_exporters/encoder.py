@@ -1,11 +1,11 @@
 """The frozen prompt encoder: text to one standardized feature vector.
 
 A backbone (any Hugging Face text encoder, or the first layers of a causal language model), pooling, optional L2 normalization
-(as the paper's embedding encoders have it), and a standardization with constants from a population. The last one matters:
-the entries of a normalized vector of width h are about 1/sqrt(h) with a large common part, and heads that start small then
-give every input nearly the same prompt.
+(as the paper's embedding encoders have it), for wide backbones a projection, and a standardization with constants from a
+population or from `probes`. The last one matters: the entries of a normalized vector of width h are about 1/sqrt(h) with a
+large common part, and heads that start small then give every input nearly the same prompt.
 
-Legend: b batch, t tokens, h encoder width.
+Legend: b batch, t tokens, c backbone's width, h encoder width.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ class EncoderConfig:
     "auto" is what its authors use, normalization included."""
     normalize: bool = True
     """L2-normalize the pooled vector before it is standardized."""
+    features: int = 0
+    """A wider vector is projected to so many numbers by random signs, which keeps distances (Achlioptas 2003): a user's corrections of
+    the heads' first layers grow with them. 0: never."""
     max_tokens: int = 128
     truncation_side: str = "left"
     """Which end of a longer input is dropped."""
@@ -51,8 +54,8 @@ class EncoderConfig:
             raise ValueError(f"pooling is {self.pooling!r}; known are {', '.join(POOLINGS)} and auto")
         if self.truncation_side not in ("left", "right"):
             raise ValueError(f"truncation_side is {self.truncation_side!r}; it must be left or right")
-        if self.max_tokens < 1 or self.layers < 0:
-            raise ValueError("max_tokens must be at least 1 and layers not negative")
+        if self.max_tokens < 1 or self.layers < 0 or self.features < 0:
+            raise ValueError("max_tokens must be at least 1, layers and features not negative")
 
     @property
     def label(self) -> str:
@@ -64,15 +67,18 @@ class Encoder(nn.Module):
 
     mean: Tensor
     scale: Tensor
+    projection: Tensor | None
 
     def __init__(self, config: EncoderConfig, backbone: nn.Module, width: int, tokenizer: Tokenizer) -> None:
+        """width: c, the backbone's."""
         super().__init__()
         self.config = config
         self.backbone = backbone
-        self.width = width
         self.tokenizer = tokenizer
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("scale", torch.ones(width))
+        self.register_buffer("projection", random_signs(width, config.features) if 0 < config.features < width else None)
+        self.width = width if self.projection is None else config.features
+        self.register_buffer("mean", torch.zeros(self.width))
+        self.register_buffer("scale", torch.ones(self.width))
         self.eval().requires_grad_(False)
 
     @classmethod
@@ -97,7 +103,14 @@ class Encoder(nn.Module):
         pooled = outputs.pooler_output if own else pool(self.config.pooling, outputs.last_hidden_state, attention_mask)
         if self.config.normalize:
             pooled = nn.functional.normalize(pooled, dim=-1)
+        if self.projection is not None:
+            pooled = pooled @ self.projection
         return (pooled - self.mean) * self.scale
+
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """What a trained run keeps of this encoder: mean and scale (h,), and the projection (c, h) if there is one."""
+        return {name: tensor for name, tensor in self.named_buffers(recurse=False) if tensor is not None}
 
     def standardize(self, raw: Tensor) -> None:
         """Set mean and scale from features (n, h) of a population, taken while both still are neutral: zero mean, unit variance after."""
@@ -147,6 +160,12 @@ def pool(pooling: str, states: Tensor, mask: Tensor) -> Tensor:
         following = torch.cat((weights[:, 1:], torch.zeros_like(weights[:, :1])), dim=1)
         weights = weights * (1 - following)
     return (states * weights[..., None]).sum(dim=1) / weights.sum(dim=1, keepdim=True).clamp_min(1.0)
+
+
+def random_signs(width: int, features: int) -> Tensor:
+    """(width, features) of +-1/sqrt(features), the same in every run: keeps lengths on average."""
+    signs = torch.from_numpy(np.random.default_rng(0).choice(np.array([-1.0, 1.0], np.float32), (width, features)))
+    return signs / features**0.5
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Ids, Ids]:

@@ -52,7 +52,7 @@ class ExportPlan:
     gain_from_vocabulary: bool = True
     """Profile factors: set `z_gain` to `defaults.Z_GAIN` root mean squares of the model's embeddings."""
     population: Path | None = None
-    """Examples to train the shared part on; without them the heads stay random and features are not standardized."""
+    """Examples to train the shared part on; without them the heads stay random, and features are standardized over `probes`."""
     run: Path | None = None
     """Folder of the training run; needed with a population. An interrupted run there goes on."""
     training: PopulationConfig = dataclasses.field(default_factory=PopulationConfig)
@@ -114,6 +114,8 @@ def load_parts(plan: ExportPlan, reporter: Reporter) -> tuple[FMSpec, FrozenMode
         fm = FrozenModel.load(plan.fm, bf16=plan.bf16)
         if plan.trained is None:
             encoder = load_encoder(plan.encoder, plan.method, fm)
+            if plan.population is None and isinstance(encoder, Encoder):
+                encoder.standardize(encoder.encode([probe.prefix + probe.prompt for probe in PROBES]))
             return spec, fm, encoder, start_lopa(plan, fm, encoder)
         trained = Trained.load(plan.trained)
         if trained.fingerprint != spec.fingerprint:

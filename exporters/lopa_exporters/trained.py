@@ -13,14 +13,13 @@ from lopa_exporters.encoder import Encoder, EncoderConfig, NoEncoder
 from lopa_exporters.lopa import LoPA, Tensors, config_from_dict, config_to_dict
 
 TENSORS, VALUES = "trained.safetensors", "trained.json"
-CONSTANTS = ("mean", "scale")
 UNWRITTEN_RATE = 1e-2
 """The tuning rate of runs that did not write theirs down."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What training gave. fingerprint: of the foundation model. constants: the encoder's mean and scale, (h,) each; none without one.
+    """What training gave. fingerprint: of the foundation model. constants: `Encoder.constants`; none without an encoder.
 
     tuning_rate: of the persons in training, and so of devices.
     """
@@ -34,7 +33,7 @@ class Trained:
     @classmethod
     def of(cls, fingerprint: str, encoder: Encoder | NoEncoder, lopa: LoPA, tuning_rate: float) -> Trained:
         """From a finished run."""
-        constants = {name: getattr(encoder, name).cpu() for name in CONSTANTS} if isinstance(encoder, Encoder) else {}
+        constants = {name: tensor.cpu() for name, tensor in encoder.constants.items()} if isinstance(encoder, Encoder) else {}
         return cls(fingerprint, encoder.config, lopa, constants, tuning_rate)
 
     def save(self, folder: Path) -> None:
@@ -67,7 +66,7 @@ class Trained:
             values = json.loads((folder / VALUES).read_text(encoding="utf-8"))
             tensors = load_file(folder / TENSORS)
             parts = {kind: {name: tensors[f"{kind}/{name}"] for name in names} for kind, names in values["names"].items()}
-            constants = {name: tensors[f"encoder/{name}"] for name in CONSTANTS if f"encoder/{name}" in tensors}
+            constants = {key.removeprefix("encoder/"): tensor for key, tensor in tensors.items() if key.startswith("encoder/")}
             lopa = LoPA(config_from_dict(values["method"]), parts["shared"], parts["start"])
             rate = float(values.get("tuning_rate", UNWRITTEN_RATE))
             return cls(values["fingerprint"], EncoderConfig(**values["encoder"]), lopa, constants, rate)
@@ -75,6 +74,13 @@ class Trained:
             raise ValueError(f"{folder} does not hold a trained encoder: {type(error).__name__}: {error}") from error
 
     def apply(self, encoder: Encoder | NoEncoder) -> None:
-        """Give a freshly loaded encoder the constants of training."""
+        """Give a freshly loaded encoder the constants of training.
+
+        Raises:
+            ValueError: they are not this encoder's.
+        """
+        own = encoder.constants if isinstance(encoder, Encoder) else {}
+        if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in self.constants.items()}:
+            raise ValueError(f"the run's encoder constants are not those of {encoder.config.label}")
         for name, tensor in self.constants.items():
-            getattr(encoder, name).copy_(tensor)
+            own[name].copy_(tensor)

@@ -13,13 +13,23 @@ from lopa_exporters.lopa import LoPAConfig
 from lopa_server.app import ServerConfig, start_server
 from lopa_server.models import nano_folder
 
+from tests.tiny import build_tiny_fm
+
 HEADER = 1024
 """Bytes of a factors file besides its values, at most."""
 
 
-@pytest.mark.parametrize("features", [512, 768])
-def test_a_user_of_a_large_model_has_less_than_64_kib(features: int) -> None:
-    assert 2 * LoPAConfig(hidden=4096, features=features, **defaults.factors()).personal_count() + HEADER < 64 << 10
+def test_a_user_of_a_large_model_has_less_than_64_kib() -> None:
+    assert 2 * LoPAConfig(hidden=4096, features=defaults.FEATURES, **defaults.factors()).personal_count() + HEADER < 64 << 10
+
+
+@pytest.mark.parametrize(("options", "features"), [((), defaults.FEATURES), (("--features", "0"), 640), (("--profile", "heads"), 640)])
+def test_a_wide_encoder_is_projected(tmp_path: Path, options: tuple[str, ...], features: int) -> None:
+    fm = build_tiny_fm(tmp_path / "wide", hidden=640)
+    with pytest.raises(SystemExit) as ended:
+        main(["export", "--fm", str(fm), "--out", str(tmp_path / "bundle"), *options])
+    assert not ended.value.code
+    assert Bundle.open(tmp_path / "bundle").manifest.instance[0].shape == (features,)
 
 
 def test_an_export_without_options_learns_a_users_own_labels(tmp_path: Path) -> None:

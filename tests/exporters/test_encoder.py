@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lopa_exporters.encoder import Encoder, EncoderConfig, pool
+from lopa_exporters.encoder import Encoder, EncoderConfig, pool, random_signs
 from lopa_exporters.graphs import export_encode
 from lopa_exporters.static import save_static
 from lopa_exporters.verify import verify_encode
@@ -64,6 +64,20 @@ def test_standardized_features_have_unit_variance(fm_folder: Path) -> None:
     assert torch.allclose(again, first, atol=1e-3)
 
 
+def test_wide_vectors_are_projected_and_keep_their_distances(fm_folder: Path, tmp_path: Path) -> None:
+    plain = Encoder.load(EncoderConfig(folder=str(fm_folder), layers=1, max_tokens=24))
+    narrow = Encoder.load(EncoderConfig(folder=str(fm_folder), layers=1, max_tokens=24, features=8))
+    assert narrow.width == 8
+    assert narrow.projection is not None
+    assert torch.allclose(narrow.encode(TEXTS), plain.encode(TEXTS) @ narrow.projection, atol=1e-6)
+    export_encode(narrow, 24, tmp_path / "encode.onnx")
+    verify_encode(tmp_path / "encode.onnx", narrow, 8, 300, 24)
+    assert Encoder.load(EncoderConfig(folder=str(fm_folder), features=plain.width)).projection is None
+    points = torch.randn(100, 4096, generator=torch.Generator().manual_seed(0))
+    ratios = torch.pdist(points @ random_signs(4096, 512)) / torch.pdist(points)
+    assert 0.8 < ratios.min() < ratios.max() < 1.2
+
+
 @pytest.mark.parametrize(("side", "kept"), [("left", slice(-5, None)), ("right", slice(0, 5))])
 def test_long_texts_lose_the_configured_side(fm_folder: Path, side: str, kept: slice) -> None:
     short = Encoder.load(EncoderConfig(folder=str(fm_folder), layers=1, max_tokens=5, truncation_side=side))
@@ -79,7 +93,7 @@ def test_pooling_reads_real_tokens_only() -> None:
     assert pool("last", states, mask).tolist() == [[6.0, 7.0, 8.0]]
 
 
-@pytest.mark.parametrize("settings", [{"pooling": "max"}, {"truncation_side": "middle"}, {"max_tokens": 0}])
+@pytest.mark.parametrize("settings", [{"pooling": "max"}, {"truncation_side": "middle"}, {"max_tokens": 0}, {"features": -1}])
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
         EncoderConfig(folder="x", **settings)  # type: ignore[arg-type]

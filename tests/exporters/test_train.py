@@ -44,7 +44,7 @@ def events(folder: Path) -> list[int]:
 def test_train_go_on_and_export(fm_folder: Path, population: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     arguments = ["--fm", fm_folder, "--population", population, "--run", folder, "--steps", 6, "--lifetime", 3, *SMALL]
-    arguments += ["--tuning-rate", 0.005]
+    arguments += ["--tuning-rate", 0.005, "--features", 8]
     assert run("train-encoder", *arguments) == 0
     assert "--trained" in capsys.readouterr().out
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -58,6 +58,14 @@ def test_train_go_on_and_export(fm_folder: Path, population: Path, tmp_path: Pat
     assert "random" not in capsys.readouterr().err
     manifest = Bundle.open(out).manifest
     assert (manifest.rows, manifest.encoder.max_tokens, manifest.tuning.learning_rate) == (3, 32, 0.005)
+    assert manifest.instance[0].shape == (8,)
+    values = json.loads((folder / "trained.json").read_text())
+    values["encoder"]["features"] = 0
+    (tmp_path / "changed").mkdir()
+    (tmp_path / "changed" / "trained.json").write_text(json.dumps(values))
+    (tmp_path / "changed" / "trained.safetensors").write_bytes((folder / "trained.safetensors").read_bytes())
+    assert run("export", "--fm", fm_folder, "--trained", tmp_path / "changed", "--out", tmp_path / "x") == 1
+    assert "the run's encoder constants are not those of" in capsys.readouterr().err
     other = build_tiny_fm(tmp_path / "other", seed=3)
     assert run("export", "--fm", other, "--trained", folder, "--out", tmp_path / "x") == 1
     assert "was trained for the model" in capsys.readouterr().err

@@ -20,6 +20,9 @@ Pooling = Literal["auto", "mean", "cls", "last", "pooler"]
 Scheme = Literal["none", "fp16", "int8", "int4"]
 CORRECTIONS = ",".join(f"{name}={rank}" for name, rank in defaults.CORRECTIONS.items())
 HEAD_WIDTH_HELP = f"Inner width of the heads; 0: the encoder's. Default: {defaults.HEAD_WIDTH} with factors, else the encoder's."
+FEATURES_HELP = (
+    f"Numbers that a text becomes; a wider encoder is projected to them. 0: never. Default: {defaults.FEATURES} with factors, else 0."
+)
 TUNING_RATE_HELP = "Learning rate of devices, and of persons in training. Default: that of --trained; else " + ", ".join(
     f"{rate:g} with {profile}" for profile, rate in defaults.TUNING_RATES.items()
 )
@@ -36,6 +39,7 @@ def build(
         int, typer.Option(min=0, help='First layers to keep; 0 keeps all, with "fm" 2.', rich_help_panel=_ENCODER)
     ] = 0,
     pooling: Annotated[Pooling, typer.Option(help="Tokens to one vector; auto: as its authors do.", rich_help_panel=_ENCODER)] = "auto",
+    features: Annotated[int | None, typer.Option(min=0, help=FEATURES_HELP, show_default=False, rich_help_panel=_ENCODER)] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longer inputs are cut.", rich_help_panel=_ENCODER)] = 128,
     truncation_side: Annotated[Literal["left", "right"], typer.Option(help="Which end is cut.", rich_help_panel=_ENCODER)] = "left",
     profile: Annotated[Profile, typer.Option(help="What is personal.", rich_help_panel=_METHOD)] = "factors",
@@ -109,6 +113,7 @@ def build(
                 folder=str(folder if own else encoder),
                 layers=encoder_layers or (2 if own else 0),
                 pooling=pooling,
+                features=features_of(profile, features),
                 max_tokens=max_tokens,
                 truncation_side=truncation_side,
             ),
@@ -166,6 +171,11 @@ def method_of(
         spread=defaults.SPREAD,
         output_std=output_std,
     )
+
+
+def features_of(profile: Profile, given: int | None) -> int:
+    """At most so many features: as given, else the profile's."""
+    return (defaults.FEATURES if profile == "factors" else 0) if given is None else given
 
 
 def rate_of(profile: Profile, given: float | None, trained: Path | None = None) -> float:

@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from lopa_exporters import defaults
-from lopa_exporters.cli.build import CORRECTIONS, HEAD_WIDTH_HELP, TUNING_RATE_HELP, Composition, Pooling, Profile, method_of, rate_of
+from lopa_exporters.cli.build import (
+    CORRECTIONS,
+    FEATURES_HELP,
+    HEAD_WIDTH_HELP,
+    TUNING_RATE_HELP,
+    Composition,
+    Pooling,
+    Profile,
+    features_of,
+    method_of,
+    rate_of,
+)
 from lopa_exporters.cli.output import TerminalReporter, failing
 
 
@@ -19,6 +30,7 @@ def train_encoder(
     encoder: Annotated[str, typer.Option(help='Text encoder: folder or id; "fm" takes the model\'s own layers. It stays frozen.')] = "fm",
     encoder_layers: Annotated[int, typer.Option(min=0, help='First layers to keep; 0 keeps all, with "fm" 2.')] = 0,
     pooling: Annotated[Pooling, typer.Option(help="Tokens to one vector; auto: as its authors do.")] = "auto",
+    features: Annotated[int | None, typer.Option(min=0, help=FEATURES_HELP, show_default=False)] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longer inputs are cut.")] = 128,
     profile: Annotated[Profile, typer.Option(help="What is personal.")] = "factors",
     composition: Annotated[Composition, typer.Option(help="How Z_S and U V^T become Z.")] = "product",
@@ -68,7 +80,13 @@ def train_encoder(
         plan = ExportPlan(
             fm=folder,
             out=run,
-            encoder=EncoderConfig(folder=str(folder if own else encoder), layers=layers, pooling=pooling, max_tokens=max_tokens),
+            encoder=EncoderConfig(
+                folder=str(folder if own else encoder),
+                layers=layers,
+                pooling=pooling,
+                features=features_of(profile, features),
+                max_tokens=max_tokens,
+            ),
             method=method,
             population=population,
             run=run,
