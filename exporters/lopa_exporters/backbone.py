@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from lopa_exporters.static import find_static, load_static
+from lopa_exporters.static import StaticEmbeddings, find_static, load_static
 
 POOLINGS = ("mean", "cls", "last", "pooler")
 _SENTENCE_TRANSFORMERS = {"mean": "mean", "mean_tokens": "mean", "cls": "cls", "cls_token": "cls", "lasttoken": "last", "last": "last"}
@@ -75,8 +75,8 @@ def _read(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON: {error}") from error
 
 
-def load_backbone(folder: str, layers: int, pooling: str) -> nn.Module:
-    """A frozen float32 model, its first `layers` blocks (0: all).
+def load_backbone(folder: str, layers: int | None, pooling: str) -> nn.Module:
+    """A frozen float32 model, its first `layers` blocks (None: all; 0: its token embeddings).
 
     Raises:
         OSError, ValueError: not a Hugging Face model, fewer layers, or weights that the pooling needs are missing.
@@ -86,13 +86,16 @@ def load_backbone(folder: str, layers: int, pooling: str) -> nn.Module:
     static = find_static(Path(folder))
     if static is not None:
         return load_static(static)
+    if layers == 0:
+        whole = AutoModel.from_pretrained(folder, dtype="auto")
+        return StaticEmbeddings(whole.get_input_embeddings().weight.detach())
     backbone, info = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
     missing = [name for name in info["missing_keys"] if pooling == "pooler" or "pooler" not in name]
     if missing:
         raise ValueError(f"{folder} has no weights for {', '.join(sorted(missing)[:5])}: they would be random")
     if pooling == "pooler" and getattr(backbone, "pooler", None) is None:
         raise ValueError(f"pooling is pooler; {type(backbone).__name__} has none")
-    if layers:
+    if layers is not None:
         keep_first_layers(backbone, layers)
     backbone.config.use_cache = False
     return backbone

@@ -1,6 +1,6 @@
 """The frozen prompt encoder: text to one standardized feature vector.
 
-A backbone (any Hugging Face text encoder, or the first layers of a causal language model), pooling, optional L2 normalization
+A backbone (any Hugging Face text encoder; the embeddings or first layers of a causal language model), pooling, optional L2 normalization
 (as the paper's embedding encoders have it), for wide backbones a projection, and a standardization with constants from a
 population or from `probes`. The last one matters: the entries of a normalized vector of width h are about 1/sqrt(h) with a
 large common part, and heads that start small then give every input nearly the same prompt.
@@ -22,9 +22,13 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from lopa_exporters.backbone import POOLINGS, author_pooling, load_backbone, load_tokenizer, plain_tokenizer, positions_of
+from lopa_exporters.backbone import POOLINGS, Pooling, author_pooling, load_backbone, load_tokenizer, plain_tokenizer, positions_of
+from lopa_exporters.projection import random_signs
+from lopa_exporters.static import StaticEmbeddings
 
 Ids = NDArray[np.int64]
+ONNX_BYTES = 2**31
+"""A file of one protobuf message is smaller."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,8 @@ class EncoderConfig:
 
     folder: str
     """A Hugging Face folder or model id, or a folder of static token embeddings (`lopa_exporters.static`)."""
-    layers: int = 0
-    """Keep the backbone's first layers only; 0 keeps all."""
+    layers: int | None = None
+    """Keep the backbone's first layers only; 0 keeps none, so that the token embeddings are read; None keeps all."""
     pooling: str = "mean"
     """"mean" over real tokens, "cls" for the first, "last" for the last real token, "pooler" for the model's own trained pooler;
     "auto" is what its authors use, normalization included."""
@@ -54,12 +58,15 @@ class EncoderConfig:
             raise ValueError(f"pooling is {self.pooling!r}; known are {', '.join(POOLINGS)} and auto")
         if self.truncation_side not in ("left", "right"):
             raise ValueError(f"truncation_side is {self.truncation_side!r}; it must be left or right")
-        if self.max_tokens < 1 or self.layers < 0 or self.features < 0:
+        if self.layers == 0 and self.pooling not in ("mean", "auto"):
+            raise ValueError(f"pooling is {self.pooling!r}; token embeddings alone are averaged: mean or auto")
+        if self.max_tokens < 1 or (self.layers or 0) < 0 or self.features < 0:
             raise ValueError("max_tokens must be at least 1, layers and features not negative")
 
     @property
     def label(self) -> str:
-        return self.name or Path(self.folder).name + (f"[:{self.layers}]" if self.layers else "")
+        kept = "" if self.layers is None else f"[:{self.layers}]" if self.layers else " token embeddings"
+        return self.name or Path(self.folder).name + kept
 
 
 class Encoder(nn.Module):
@@ -86,16 +93,23 @@ class Encoder(nn.Module):
         """Read backbone and tokenizer.
 
         Raises:
-            OSError, ValueError: not a Hugging Face folder with a fast tokenizer, too few layers or positions, or no such pooling.
+            OSError, ValueError: not a Hugging Face folder with a fast tokenizer, too few layers or positions, no such pooling, or more
+                weights than an ONNX file holds.
         """
         if config.pooling == "auto":
-            chosen = author_pooling(config.folder)
+            chosen = Pooling("mean", normalize=True) if config.layers == 0 else author_pooling(config.folder)
             config = dataclasses.replace(config, pooling=chosen.kind, normalize=chosen.normalize)
         backbone: Any = load_backbone(config.folder, config.layers, config.pooling)
+        if isinstance(backbone, StaticEmbeddings) and 0 < config.features < backbone.config.hidden_size:
+            backbone = backbone.projected(config.features)
         positions = positions_of(backbone)
         if positions is not None and config.max_tokens > positions:
             raise ValueError(f"max_tokens is {config.max_tokens}; the encoder {config.label} has {positions} positions")
-        return cls(config, backbone, int(backbone.config.hidden_size), load_tokenizer(config.folder))
+        encoder = cls(config, backbone, int(backbone.config.hidden_size), load_tokenizer(config.folder))
+        if encoder.weight_bytes >= ONNX_BYTES:
+            size = f"{encoder.weight_bytes / 2**30:.1f} GiB of weights; an ONNX file holds less than 2"
+            raise ValueError(f"encoder {encoder.config.label} has {size}: keep fewer layers, or project token embeddings to fewer features")
+        return encoder
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         outputs = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
@@ -106,6 +120,11 @@ class Encoder(nn.Module):
         if self.projection is not None:
             pooled = pooled @ self.projection
         return (pooled - self.mean) * self.scale
+
+    @property
+    def weight_bytes(self) -> int:
+        """What its weights take in encode.onnx before they are quantized."""
+        return sum(tensor.nbytes for tensor in self.state_dict().values())
 
     @property
     def constants(self) -> dict[str, Tensor]:
@@ -155,17 +174,11 @@ def pool(pooling: str, states: Tensor, mask: Tensor) -> Tensor:
     """(b, t, h) states and (b, t) int64 mask, right-padded -> (b, h). A row without real tokens gives zeros under "mean"."""
     if pooling == "cls":
         return states[:, 0]
-    weights = mask.to(states.dtype)
     if pooling == "last":
-        following = torch.cat((weights[:, 1:], torch.zeros_like(weights[:, :1])), dim=1)
-        weights = weights * (1 - following)
+        ends = mask.sum(dim=1).clamp_min(1) - 1
+        return states.gather(1, ends[:, None, None].expand(-1, 1, states.shape[2]))[:, 0]
+    weights = mask.to(states.dtype)
     return (states * weights[..., None]).sum(dim=1) / weights.sum(dim=1, keepdim=True).clamp_min(1.0)
-
-
-def random_signs(width: int, features: int) -> Tensor:
-    """(width, features) of +-1/sqrt(features), the same in every run: keeps lengths on average."""
-    signs = torch.from_numpy(np.random.default_rng(0).choice(np.array([-1.0, 1.0], np.float32), (width, features)))
-    return signs / features**0.5
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Ids, Ids]:

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from lopa.bundle import Bundle
-from lopa.manifest import FMSpec, TuningDefaults
+from lopa.manifest import MAX_FILE_BYTES, FMSpec, TuningDefaults
 
 from lopa_exporters.backbone import plain_tokenizer
 from lopa_exporters.bundle import check_place, export_bundle, read_fm_spec
@@ -91,6 +91,9 @@ def make_bundle(plan: ExportPlan, reporter: Reporter) -> Made:
     """
     check_place(plan.out)
     spec, fm, encoder, lopa = load_parts(plan, reporter)
+    if plan.quantize == "none" and isinstance(encoder, Encoder) and encoder.weight_bytes > MAX_FILE_BYTES:
+        size = f"{encoder.weight_bytes / 2**30:.1f} GiB of weights; a device takes a file of 1"
+        raise ValueError(f"encoder {encoder.config.label} has {size}: quantize it, or keep fewer layers")
     if plan.population is not None and plan.trained is None:
         dataset = prepare(plan.population, fm, encoder, lopa.config, reporter)
         if trains(lopa, plan.training):

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from lopa_exporters.projection import random_signs
+
 TABLE = "embedding.weight"
 
 
@@ -40,6 +42,10 @@ class StaticEmbeddings(nn.Module):
         """The mask is only for whoever pools."""
         del attention_mask
         return States(self.table(input_ids))
+
+    def projected(self, features: int) -> StaticEmbeddings:
+        """The same with vectors of so many numbers (`projection`), which costs nothing on a device: the mean of tokens is linear."""
+        return StaticEmbeddings(self.table.weight.detach() @ random_signs(self.table.embedding_dim, features))
 
 
 def find_static(folder: Path) -> Path | None:

@@ -50,6 +50,7 @@ def test_without_a_population_it_says_so(fm_folder: Path, tmp_path: Path, capsys
         (["--fm", "{fm}", "--corrections", "W9=1"], "W1u, W2u, W1v, W2v"),
         (["--fm", "{fm}", "--corrections", "W1u"], "corrections"),
         (["--fm", "{fm}", "--encoder-layers", "5"], "layers is 5"),
+        (["--fm", "{fm}", "--pooling", "last"], "token embeddings"),
     ],
 )
 def test_mistakes_are_told_in_one_line(

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from lopa_exporters.encoder import Encoder, EncoderConfig, pool, random_signs
+from lopa_exporters.encoder import Encoder, EncoderConfig, pool
 from lopa_exporters.graphs import export_encode
+from lopa_exporters.projection import random_signs
 from lopa_exporters.static import save_static
 from lopa_exporters.verify import verify_encode
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, PreTrainedTokenizerFast
 
-from tests.tiny import train_tokenizer
+from tests.tiny import build_tiny_fm, train_tokenizer
 
 TEXTS = ["import os", "def add(a, b):\n    return a + b\n", "x", "class Point:\n" * 20]
 
@@ -46,8 +48,9 @@ def test_the_model_s_first_layers_are_its_own_hidden_states(fm_folder: Path) -> 
     assert torch.allclose(encoder(ids, torch.ones_like(ids)), expected, atol=1e-5)
 
 
-def test_a_text_encoder_exports_for_every_length(bert_folder: Path, tmp_path: Path) -> None:
-    encoder = Encoder.load(EncoderConfig(folder=str(bert_folder), pooling="cls", max_tokens=40))
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+def test_a_text_encoder_exports_for_every_length(bert_folder: Path, tmp_path: Path, pooling: str) -> None:
+    encoder = Encoder.load(EncoderConfig(folder=str(bert_folder), pooling=pooling, max_tokens=40))
     encoder.standardize(encoder.encode(TEXTS))
     export_encode(encoder, encoder.config.max_tokens, tmp_path / "encode.onnx")
     verify_encode(tmp_path / "encode.onnx", encoder, 24, 300, 40)
@@ -62,6 +65,27 @@ def test_standardized_features_have_unit_variance(fm_folder: Path) -> None:
     assert torch.allclose(encoder.encode(texts), first, atol=1e-4)
     again = encoder.restandardize(encoder.encode(texts))
     assert torch.allclose(again, first, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox"])
+def test_without_layers_the_model_s_token_embeddings_are_averaged(tmp_path: Path, family: str) -> None:
+    folder = build_tiny_fm(tmp_path / "fm", family=family)
+    table = AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight.detach()
+    encoder = Encoder.load(EncoderConfig(folder=str(folder), layers=0, pooling="auto", max_tokens=40))
+    narrow = Encoder.load(EncoderConfig(folder=str(folder), layers=0, pooling="auto", max_tokens=40, features=8))
+    assert encoder.config.label == "fm token embeddings"
+    for text, features, fewer in zip(TEXTS, encoder.encode(TEXTS), narrow.encode(TEXTS), strict=True):
+        mean = table[encoder.tokenize([text])[0]].mean(dim=0)
+        assert torch.allclose(features, functional.normalize(mean, dim=0), atol=1e-5)
+        assert torch.allclose(fewer, functional.normalize(mean @ random_signs(len(mean), 8), dim=0), atol=1e-5)
+    export_encode(narrow, 40, tmp_path / "encode.onnx")
+    verify_encode(tmp_path / "encode.onnx", narrow, 8, 300, 40)
+
+
+def test_an_encoder_larger_than_a_file_may_be_is_an_error(fm_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lopa_exporters.encoder.ONNX_BYTES", 4096)
+    with pytest.raises(ValueError, match="GiB of weights"):
+        Encoder.load(EncoderConfig(folder=str(fm_folder), layers=1))
 
 
 def test_wide_vectors_are_projected_and_keep_their_distances(fm_folder: Path, tmp_path: Path) -> None:
@@ -93,7 +117,9 @@ def test_pooling_reads_real_tokens_only() -> None:
     assert pool("last", states, mask).tolist() == [[6.0, 7.0, 8.0]]
 
 
-@pytest.mark.parametrize("settings", [{"pooling": "max"}, {"truncation_side": "middle"}, {"max_tokens": 0}, {"features": -1}])
+@pytest.mark.parametrize(
+    "settings", [{"pooling": "max"}, {"truncation_side": "middle"}, {"max_tokens": 0}, {"features": -1}, {"pooling": "cls", "layers": 0}]
+)
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
         EncoderConfig(folder="x", **settings)  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ Pooling = Literal["auto", "mean", "cls", "last", "pooler"]
 Scheme = Literal["none", "fp16", "int8", "int4"]
 CORRECTIONS = ",".join(f"{name}={rank}" for name, rank in defaults.CORRECTIONS.items())
 HEAD_WIDTH_HELP = f"Inner width of the heads; 0: the encoder's. Default: {defaults.HEAD_WIDTH} with factors, else the encoder's."
+LAYERS_HELP = 'First layers to keep; 0: token embeddings alone. Default: all; of "fm" 0.'
 FEATURES_HELP = (
     f"Numbers that a text becomes; a wider encoder is projected to them. 0: never. Default: {defaults.FEATURES} with factors, else 0."
 )
@@ -33,11 +34,9 @@ def build(
     fm: Annotated[str, typer.Option(help="Foundation model: a Hugging Face folder or id.")],
     out: Annotated[Path, typer.Option(help="Folder of the bundle; an older bundle there is replaced.")],
     encoder: Annotated[
-        str, typer.Option(help='Text encoder: folder or id; "fm" takes the model\'s own layers.', rich_help_panel=_ENCODER)
+        str, typer.Option(help='Text encoder: folder or id; "fm" takes the model\'s own embeddings or layers.', rich_help_panel=_ENCODER)
     ] = "fm",
-    encoder_layers: Annotated[
-        int, typer.Option(min=0, help='First layers to keep; 0 keeps all, with "fm" 2.', rich_help_panel=_ENCODER)
-    ] = 0,
+    encoder_layers: Annotated[int | None, typer.Option(min=0, help=LAYERS_HELP, show_default=False, rich_help_panel=_ENCODER)] = None,
     pooling: Annotated[Pooling, typer.Option(help="Tokens to one vector; auto: as its authors do.", rich_help_panel=_ENCODER)] = "auto",
     features: Annotated[int | None, typer.Option(min=0, help=FEATURES_HELP, show_default=False, rich_help_panel=_ENCODER)] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longer inputs are cut.", rich_help_panel=_ENCODER)] = 128,
@@ -111,7 +110,7 @@ def build(
             out=out,
             encoder=EncoderConfig(
                 folder=str(folder if own else encoder),
-                layers=encoder_layers or (2 if own else 0),
+                layers=0 if own and encoder_layers is None else encoder_layers,
                 pooling=pooling,
                 features=features_of(profile, features),
                 max_tokens=max_tokens,

@@ -12,6 +12,7 @@ from lopa_exporters.cli.build import (
     CORRECTIONS,
     FEATURES_HELP,
     HEAD_WIDTH_HELP,
+    LAYERS_HELP,
     TUNING_RATE_HELP,
     Composition,
     Pooling,
@@ -27,8 +28,10 @@ def train_encoder(
     fm: Annotated[str, typer.Option(help="Foundation model: a Hugging Face folder or id. It stays frozen.")],
     population: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="JSONL or Parquet: user, task, prompt, target.")],
     run: Annotated[Path, typer.Option(help="Folder of the run. An interrupted run there goes on.")],
-    encoder: Annotated[str, typer.Option(help='Text encoder: folder or id; "fm" takes the model\'s own layers. It stays frozen.')] = "fm",
-    encoder_layers: Annotated[int, typer.Option(min=0, help='First layers to keep; 0 keeps all, with "fm" 2.')] = 0,
+    encoder: Annotated[
+        str, typer.Option(help='Text encoder: folder or id; "fm" takes the model\'s own embeddings or layers. It stays frozen.')
+    ] = "fm",
+    encoder_layers: Annotated[int | None, typer.Option(min=0, help=LAYERS_HELP, show_default=False)] = None,
     pooling: Annotated[Pooling, typer.Option(help="Tokens to one vector; auto: as its authors do.")] = "auto",
     features: Annotated[int | None, typer.Option(min=0, help=FEATURES_HELP, show_default=False)] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longer inputs are cut.")] = 128,
@@ -64,7 +67,7 @@ def train_encoder(
     with failing():
         folder = resolve_folder(fm)
         own = encoder == "fm"
-        layers = encoder_layers or (2 if own else 0)
+        layers = 0 if own and encoder_layers is None else encoder_layers
         method = method_of(profile, composition, rows, rank, head_width, z_rank, corrections, output_std)
         rate = rate_of(profile, tuning_rate)
         training = PopulationConfig(
