@@ -104,6 +104,8 @@ def activation_ranges(model: Any, calibration: Inputs) -> dict[str, Float32]:
     import onnx
 
     groups = weight_products(model)
+    if not groups:
+        return {}
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
     watched.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in groups)

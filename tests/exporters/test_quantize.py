@@ -70,6 +70,20 @@ def test_smaller_and_close(wide: tuple[Encoder, Path], fm: FrozenModel, tmp_path
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("scheme", quantize.TARGETS)
+def test_token_embeddings_are_quantized(tmp_path: Path, scheme: str) -> None:
+    """A graph without a single product."""
+    encoder = Encoder.load(EncoderConfig(folder=str(build_tiny_fm(tmp_path / "fm", hidden=64)), layers=0, max_tokens=64))
+    encoder.standardize(encoder.encode(TEXTS))
+    source, target = tmp_path / "encode.onnx", tmp_path / "small.onnx"
+    graphs.export_encode(encoder, 64, source)
+    feeds = token_feeds(encoder, TEXTS)
+    quantize.quantize(source, target, scheme, feeds, lambda _: 1.0)
+    assert target.stat().st_size < 0.6 * source.stat().st_size
+    found = graph_features(session_of(target), encoder, TEXTS)
+    assert torch.nn.functional.cosine_similarity(found, encoder.encode(TEXTS)).min() > 0.99
+
+
 def test_nodes_that_hurt_are_left_out(wide: tuple[Encoder, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder, source = wide
     expected = encoder.encode(TEXTS)
