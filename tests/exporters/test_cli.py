@@ -51,6 +51,8 @@ def test_without_a_population_it_says_so(fm_folder: Path, tmp_path: Path, capsys
         (["--fm", "{fm}", "--corrections", "W1u"], "corrections"),
         (["--fm", "{fm}", "--encoder-layers", "5"], "layers is 5"),
         (["--fm", "{fm}", "--pooling", "last"], "token embeddings"),
+        (["--fm", "{fm}", "--profile", "heads", "--z-rank", "2"], "--z-rank means nothing with profile heads"),
+        (["--fm", "{fm}", "--trained", "{folder}", "--rows", "2"], "--rows means nothing with --trained"),
     ],
 )
 def test_mistakes_are_told_in_one_line(

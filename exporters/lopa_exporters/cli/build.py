@@ -27,10 +27,17 @@ FEATURES_HELP = (
 TUNING_RATE_HELP = "Learning rate of devices, and of persons in training. Default: that of --trained; else " + ", ".join(
     f"{rate:g} with {profile}" for profile, rate in defaults.TUNING_RATES.items()
 )
+_FACTORS_ONLY = ("z_rank", "corrections")
+_DECIDED_BY_RUN = (
+    *("encoder", "encoder_layers", "pooling", "features", "max_tokens", "truncation_side"),
+    *("profile", "composition", "rows", "rank", "head_width", *_FACTORS_ONLY, "output_std"),
+    *("run", "steps", "lifetime", "shared_rate", "start_rate", "seed"),
+)
 _METHOD, _TRAINING, _ENCODER, _SIZE = "Method", "Training from a population", "Encoder", "Quantization"
 
 
 def build(
+    context: typer.Context,
     fm: Annotated[str, typer.Option(help="Foundation model: a Hugging Face folder or id.")],
     out: Annotated[Path, typer.Option(help="Folder of the bundle; an older bundle there is replaced.")],
     encoder: Annotated[
@@ -101,6 +108,7 @@ def build(
     chatter.disable_progress_bar()
     chatter.set_verbosity_error()
     with failing():
+        refuse_unused(given_in(context), profile, trained=trained is not None)
         folder = resolve_folder(fm)
         own = encoder == "fm"
         rate = rate_of(profile, tuning_rate, trained)
@@ -137,6 +145,23 @@ def build(
         )
         made = make_bundle(plan, TerminalReporter())
     show(made, plan)
+
+
+def given_in(context: typer.Context) -> set[str]:
+    """Names of the parameters that the command line gives."""
+    return {name for name in context.params if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"}
+
+
+def refuse_unused(given: set[str], profile: Profile, *, trained: bool) -> None:
+    """Tell what would be dropped without a word.
+
+    Raises:
+        ValueError: an option that another one leaves nothing to say.
+    """
+    unused, why = (_DECIDED_BY_RUN, "--trained: the run decides it") if trained else (_FACTORS_ONLY, f"profile {profile}")
+    names = [name for name in unused if name in given] if trained or profile != "factors" else []
+    if names:
+        raise ValueError(f"{', '.join('--' + name.replace('_', '-') for name in names)} means nothing with {why}")
 
 
 def method_of(

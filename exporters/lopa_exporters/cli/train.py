@@ -18,13 +18,16 @@ from lopa_exporters.cli.build import (
     Pooling,
     Profile,
     features_of,
+    given_in,
     method_of,
     rate_of,
+    refuse_unused,
 )
 from lopa_exporters.cli.output import TerminalReporter, failing
 
 
 def train_encoder(
+    context: typer.Context,
     fm: Annotated[str, typer.Option(help="Foundation model: a Hugging Face folder or id. It stays frozen.")],
     population: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="JSONL or Parquet: user, task, prompt, target.")],
     run: Annotated[Path, typer.Option(help="Folder of the run. An interrupted run there goes on.")],
@@ -65,6 +68,7 @@ def train_encoder(
     chatter.disable_progress_bar()
     chatter.set_verbosity_error()
     with failing():
+        refuse_unused(given_in(context), profile, trained=False)
         folder = resolve_folder(fm)
         own = encoder == "fm"
         layers = 0 if own and encoder_layers is None else encoder_layers
