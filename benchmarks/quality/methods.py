@@ -55,18 +55,18 @@ def _heads(bench: Bench, material: Material, seed: int, *, z_rate: float = 1.0, 
 def _factors(bench: Bench, material: Material, seed: int, *, trained: bool = True, aligned: bool = True, **changes: object) -> Learner:
     """aligned: whether corrections begin at the user's own answers, as a device's do."""
     lopa = shared.rebuilt(bench.encoder.bundle, bench.fm, seed, trained=trained, **changes)
-    return prompts.from_lopa(bench.fm, material, starts.at_answers(lopa, material) if aligned else lopa)
+    return (prompts.from_answers if aligned else prompts.from_lopa)(bench.fm, material, lopa)
 
 
 def _exported(bench: Bench, material: Material, seed: int) -> Learner:
     config = shared.exported(bench.fm, next(iter(material.features.values())).shape[1])
     lopa = init_lopa(config, bench.fm.vocabulary(), torch.Generator().manual_seed(seed))
-    return prompts.from_lopa(bench.fm, material, starts.at_answers(lopa, material))
+    return prompts.from_answers(bench.fm, material, lopa)
 
 
 def _factors_of_rows(bench: Bench, material: Material, seed: int, *, rows: int) -> Learner:
     lopa = starts.with_rows(shared.rebuilt(bench.encoder.bundle, bench.fm, seed, trained=True), bench.fm.vocabulary(), seed, rows)
-    return prompts.from_lopa(bench.fm, material, starts.at_answers(lopa, material))
+    return prompts.from_answers(bench.fm, material, lopa)
 
 
 def _prompt(start: str, rows: int = ROWS) -> Make:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lopa.alignment import aligned
+from lopa.alignment import ENOUGH, aligned, slowed
 from lopa.bundle import Bundle, digest_file
 from lopa.encoder import Moments, PromptEncoder, Tensors
 from lopa.factors import Factors
@@ -60,6 +60,8 @@ class DeviceSteps:
         manifest = encoder.bundle.manifest
         self.fm, self.encoder, self.clip = fm, encoder, manifest.tuning.clip
         self.factors, self.moments = Factors.start(encoder.bundle), Moments.zeros(manifest.personal)
+        self.examples = ENOUGH
+        """Training examples that the factors are tuned on; a prior's count as enough."""
 
     def soft(self, instance: Tensors) -> Tensor:
         """(b, m, d)."""
@@ -81,7 +83,8 @@ class DeviceSteps:
             clip=self.clip,
             step=number,
         )
-        self.factors, self.moments = dataclasses.replace(self.factors, tensors=update.personal), update.moments
+        tensors = slowed(self.encoder, self.factors.tensors, update.personal, self.examples)
+        self.factors, self.moments = dataclasses.replace(self.factors, tensors=tensors), update.moments
         return mean.item()
 
 
@@ -102,6 +105,7 @@ def train_prior(
     people = persons_of(examples)[1]
     device, rng = DeviceSteps(fm, encoder), np.random.default_rng(config.seed)
     device.factors = aligned(encoder, device.factors, [example.target for example in examples], instance)
+    device.examples = len(examples)
     for number in range(1, config.steps + 1):
         rows = _spread(people, config.persons, rng)
         rate = config.learning_rate * min(1.0, number / max(1, config.warmup)) * (1 - (number - 1) / config.steps)

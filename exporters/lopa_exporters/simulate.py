@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from lopa.alignment import shared_tokens, turned
+from lopa.alignment import share, shared_tokens, turned
 from lopa.examples import batch
 from lopa.tuning import TuneConfig
 from torch import Tensor, nn
@@ -50,9 +50,8 @@ def aligned_start(lopa: LoPA, x: Tensor, answers: Sequence[Sequence[int]]) -> Lo
     x: (n, h) features of the training examples; all are looked at, by a device `ALIGNED_BY` at most. answers: their tokens, n lists.
     """
     found, common = reads(lopa.config, lopa.shared, x), shared_tokens(answers)
-    new = {
-        name: torch.from_numpy(turned(lopa.start[name].numpy(), found[name].numpy(), common, lopa.config.spread)) for name in aligned(lopa)
-    }
+    spread = share(len(answers)) * lopa.config.spread
+    new = {name: torch.from_numpy(turned(lopa.start[name].numpy(), found[name].numpy(), common, spread)) for name in aligned(lopa)}
     return replace(lopa, start={**lopa.start, **new})
 
 
@@ -81,7 +80,9 @@ def tune_personal(
     """
     rows = np.asarray(training)
     parameters = {name: tensor.to(at_rest).float().clone().requires_grad_() for name, tensor in lopa.start.items()}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    paces = {name: share(len(rows)) for name in aligned(lopa)}
+    groups = [{"params": [parameter], "pace": paces.get(name, 1.0)} for name, parameter in parameters.items()]
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
     losses: list[float] = []
     curve: list[tuple[int, float]] = []
     best, best_step, lowest = _rounded(parameters, at_rest), 0, float("inf")
@@ -89,7 +90,8 @@ def tune_personal(
         lowest = evaluate(fm, dataset, validation, lopa, best).nll
         curve.append((0, lowest))
     for step in range(1, config.steps + 1):
-        optimizer.param_groups[0]["lr"] = config.rate(step)
+        for group in optimizer.param_groups:
+            group["lr"] = group["pace"] * config.rate(step)
         picked = rows[batch(len(rows), min(config.batch_size, len(rows)), step, config.seed)]
         losses.append(_step(fm, dataset, lopa, parameters, optimizer, picked, config.clip))
         if len(validation) and (step % config.validate_every == 0 or step == config.steps):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lopa import examples as data
-from lopa.alignment import aligned
+from lopa.alignment import aligned, slowed
 from lopa.control import Budget, Stopped, pair_bytes
 from lopa.encoded import Encoded, encode_examples
 from lopa.encoder import Composed, Moments, PromptEncoder, Tensors
@@ -189,7 +189,10 @@ class Tuner:
         progress.step = step
         progress.losses.append(sum(item.nll_sum for item in gradients) / tokens)
         progress.gradient_norms.append(update.gradient_norm)
-        moved = replace(state, personal=update.personal, moments=update.moments, progress=progress)
+        stepped = update.personal
+        if not progress.prior:  # a prior's corrections were learnt from a population's many examples
+            stepped = slowed(self._encoder, state.personal, stepped, len(self._training.examples))
+        moved = replace(state, personal=stepped, moments=update.moments, progress=progress)
         measured = self._measured(progress, step)
         if measured:
             yield from self._validate(moved)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lopa.alignment import ALIGNED_BY, aligned, directions, shared_tokens, turned
+from lopa.alignment import ALIGNED_BY, ENOUGH, aligned, directions, shared_tokens, slowed, turned
 from lopa.bundle import Bundle
 from lopa.encoder import PromptEncoder
 from lopa.factors import Factors
@@ -114,6 +114,22 @@ def test_one_example_tells_nothing_apart(encoder: PromptEncoder) -> None:
 
 def test_shared_tokens_are_counted_once_an_answer() -> None:
     np.testing.assert_array_equal(shared_tokens([[5, 5, 9], [9], [], [9, 5, 1]]), [[2, 1, 0, 2], [1, 1, 0, 1], [0, 0, 0, 0], [2, 1, 0, 3]])
+
+
+def test_few_examples_count_for_less(encoder: PromptEncoder) -> None:
+    """Their share of the spread, and of each step; what is not aligned moves in full."""
+    (spec, *_) = encoder.bundle.manifest.aligned
+    instance = {"x": np.random.default_rng(0).standard_normal((2 * ENOUGH, 512)).astype(np.float32)}
+    start = Factors.start(encoder.bundle)
+    for count, part in ((ENOUGH // 4, 0.25), (ENOUGH, 1.0), (2 * ENOUGH, 1.0)):
+        few = {"x": instance["x"][:count]}
+        found = aligned(encoder, start, [[i % 3] for i in range(count)], few)
+        given = encoder.reads(few)[spec.name] @ found.tensors[spec.name][:, :1]
+        np.testing.assert_allclose(given.std(), part * spec.spread, rtol=1e-4)
+        after = {name: tensor + np.float32(1) for name, tensor in start.tensors.items()}
+        for name, tensor in slowed(encoder, start.tensors, after, count).items():
+            names = [one.name for one in encoder.bundle.manifest.aligned]
+            np.testing.assert_allclose(tensor - start.tensors[name], part if name in names else 1.0, rtol=1e-3)
 
 
 def test_more_examples_than_are_looked_at(encoder: PromptEncoder) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-from lopa.alignment import aligned
+from lopa.alignment import ENOUGH, aligned
 from lopa.encoder import Moments, PromptEncoder, Tensors
 from lopa.examples import batch
 from lopa.factors import Factors
@@ -36,6 +36,7 @@ class DeviceLearner:
         rows = list(material.training)
         targets = [material.items[row].target for row in rows]
         self.device.factors = aligned(encoder, self.device.factors, targets, self._instance(rows))
+        self.device.examples = len(rows)
         if trial == 0:
             self._judge()
         manifest = encoder.bundle.manifest
@@ -90,7 +91,7 @@ class DeviceLearner:
             return
         self.device.factors, self.device.moments = read_priors(bundle)[name], Moments.zeros(bundle.manifest.personal)
         self.rate = next(prior.rate for prior in bundle.manifest.priors if prior.name == name)
-        self.prior, self.taken_at = name, self.trial
+        self.prior, self.taken_at, self.device.examples = name, self.trial, ENOUGH
 
     def _instance(self, rows: Sequence[int]) -> Tensors:
         return {name: value[list(rows)] for name, value in self.features.items()}

@@ -64,16 +64,19 @@ class TorchLearner(ABC):
 
     footprint: Footprint
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], paces: Mapping[str, float] | None = None) -> None:
+        """paces: part of the learning rate, of parameters that have less than all of it."""
         self.parameters = dict(parameters)
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), weight_decay=0.0)
+        groups = [{"params": [tensor], "pace": (paces or {}).get(name, 1.0)} for name, tensor in self.parameters.items()]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
 
     @abstractmethod
     def losses(self, rows: Sequence[int], pairs: Sequence[TokenPair]) -> PairLosses: ...
 
     def step(self, rows: Sequence[int], pairs: Sequence[TokenPair], rate: float, number: int) -> None:
         del number
-        self.optimizer.param_groups[0]["lr"] = rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["pace"] * rate
         losses = self.losses(rows, pairs)
         self.optimizer.zero_grad()
         losses.mean().backward()

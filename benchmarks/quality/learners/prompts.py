@@ -9,12 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from lopa.alignment import share
 from lopa_exporters.frozen import FrozenModel, PairLosses, TokenPair
-from lopa_exporters.lopa import LoPA, LoPAConfig, init_lopa, soft_prompt
+from lopa_exporters.lopa import LoPA, LoPAConfig, aligned, init_lopa, soft_prompt
 from peft import PromptEmbedding, PromptTuningConfig, PromptTuningInit, TaskType
 from torch import Tensor
 
 from benchmarks.quality.learners.learner import Footprint, TorchLearner, bytes_at_rest, count
+from benchmarks.quality.learners.starts import at_answers
 from benchmarks.quality.material import Material
 
 SoftPrompts = Callable[[Mapping[str, Tensor], Tensor], Tensor]
@@ -26,8 +28,15 @@ IDPG_WIDTH = 16
 class PromptLearner(TorchLearner):
     """A function from parameters and an item's features to its soft prompt."""
 
-    def __init__(self, fm: FrozenModel, material: Material, parameters: Mapping[str, Tensor], soft: SoftPrompts) -> None:
-        super().__init__({name: tensor.detach().clone().requires_grad_() for name, tensor in parameters.items()})
+    def __init__(
+        self,
+        fm: FrozenModel,
+        material: Material,
+        parameters: Mapping[str, Tensor],
+        soft: SoftPrompts,
+        paces: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__({name: tensor.detach().clone().requires_grad_() for name, tensor in parameters.items()}, paces)
         self.fm, self.soft = fm, soft
         (features,) = material.features.values()
         self.features = torch.from_numpy(features)
@@ -89,14 +98,22 @@ def heads(fm: FrozenModel, material: Material, seed: int, config: LoPAConfig, z_
     return from_lopa(fm, material, scaled, z_rate)
 
 
-def from_lopa(fm: FrozenModel, material: Material, lopa: LoPA, z_gain: float = 1.0) -> PromptLearner:
+def from_answers(fm: FrozenModel, material: Material, lopa: LoPA) -> PromptLearner:
+    """LoPA as a device begins: what the corrections read tells the user's own answers apart, and counts for less with few of them."""
+    paces = dict.fromkeys(aligned(lopa), share(len(material.training)))
+    return from_lopa(fm, material, at_answers(lopa, material), paces=paces)
+
+
+def from_lopa(
+    fm: FrozenModel, material: Material, lopa: LoPA, z_gain: float = 1.0, paces: Mapping[str, float] | None = None
+) -> PromptLearner:
     """LoPA in any profile: what is shared stays as it is. The config's dropout applies wherever gradients are taken, as in the paper.
 
-    z_gain: factor of a personal Z_S.
+    z_gain: factor of a personal Z_S. paces: as `TorchLearner` has them.
     """
 
     def soft(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
         gained = {"Z": z_gain * tensors["Z"]} if "Z" in tensors else {}
         return soft_prompt(lopa.config, lopa.shared, {**tensors, **gained}, x, lopa.config.dropout if torch.is_grad_enabled() else 0.0)
 
-    return PromptLearner(fm, material, lopa.start, soft)
+    return PromptLearner(fm, material, lopa.start, soft, paces)
