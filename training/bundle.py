@@ -152,7 +152,7 @@ def main() -> None:
     start = start_lopa(plan, fm, encoder)
     dataset = prepare(args.people / "population.jsonl", fm, encoder, start.config, reporter)
     print(f"{len(dataset.persons)} persons, {start.config.personal_count():,} personal values, z_gain {start.config.z_gain}", flush=True)
-    trainer = PopulationTrainer(fm, dataset, start, training, args.run)
+    trainer = PopulationTrainer(fm, dataset, start, training, args.run, encoder_config)
     with reporter.task("Training the shared part", training.steps) as advance:
         advance(trainer.state.step, "")
         lopa = trainer.run(lambda _step, loss: advance(1, f"NLL {loss:.3f} per token"))

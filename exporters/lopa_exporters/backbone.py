@@ -86,13 +86,13 @@ def load_backbone(folder: str, layers: int | None, pooling: str) -> nn.Module:
     static = find_static(Path(folder))
     if static is not None:
         return load_static(static)
-    if layers == 0:
-        whole = AutoModel.from_pretrained(folder, dtype="auto")
-        return StaticEmbeddings(whole.get_input_embeddings().weight.detach())
-    backbone, info = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
+    dtype: Any = "auto" if layers == 0 else torch.float32
+    backbone, info = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation="eager", output_loading_info=True)
     missing = [name for name in info["missing_keys"] if pooling == "pooler" or "pooler" not in name]
     if missing:
         raise ValueError(f"{folder} has no weights for {', '.join(sorted(missing)[:5])}: they would be random")
+    if layers == 0:
+        return StaticEmbeddings(backbone.get_input_embeddings().weight.detach())
     if pooling == "pooler" and getattr(backbone, "pooler", None) is None:
         raise ValueError(f"pooling is pooler; {type(backbone).__name__} has none")
     if layers is not None:

@@ -27,6 +27,8 @@ from lopa_exporters.projection import random_signs
 from lopa_exporters.static import StaticEmbeddings
 
 Ids = NDArray[np.int64]
+MAX_ENCODER_TOKENS = 1 << 16
+"""As a manifest may say."""
 ONNX_BYTES = 2**31
 """A file of one protobuf message is smaller."""
 
@@ -60,8 +62,12 @@ class EncoderConfig:
             raise ValueError(f"truncation_side is {self.truncation_side!r}; it must be left or right")
         if self.layers == 0 and self.pooling not in ("mean", "auto"):
             raise ValueError(f"pooling is {self.pooling!r}; token embeddings alone are averaged: mean or auto")
-        if self.max_tokens < 1 or (self.layers or 0) < 0 or self.features < 0:
-            raise ValueError("max_tokens must be at least 1, layers and features not negative")
+        if not 1 <= self.max_tokens <= MAX_ENCODER_TOKENS:
+            raise ValueError(f"max_tokens is {self.max_tokens}; it must be from 1 to {MAX_ENCODER_TOKENS}")
+        if (self.layers or 0) < 0:
+            raise ValueError(f"layers is {self.layers}; it must not be negative")
+        if self.features < 0 or self.features == 1:
+            raise ValueError(f"features is {self.features}; it must be 0, for no projection, or at least 2")
 
     @property
     def label(self) -> str:
@@ -100,12 +106,15 @@ class Encoder(nn.Module):
             chosen = Pooling("mean", normalize=True) if config.layers == 0 else author_pooling(config.folder)
             config = dataclasses.replace(config, pooling=chosen.kind, normalize=chosen.normalize)
         backbone: Any = load_backbone(config.folder, config.layers, config.pooling)
+        tokenizer, rows = load_tokenizer(config.folder), backbone.get_input_embeddings().num_embeddings
+        if rows < tokenizer.get_vocab_size():
+            raise ValueError(f"{config.label} has {rows} token embeddings; its tokenizer has {tokenizer.get_vocab_size()} tokens")
         if isinstance(backbone, StaticEmbeddings) and 0 < config.features < backbone.config.hidden_size:
             backbone = backbone.projected(config.features)
         positions = positions_of(backbone)
         if positions is not None and config.max_tokens > positions:
             raise ValueError(f"max_tokens is {config.max_tokens}; the encoder {config.label} has {positions} positions")
-        encoder = cls(config, backbone, int(backbone.config.hidden_size), load_tokenizer(config.folder))
+        encoder = cls(config, backbone, int(backbone.config.hidden_size), tokenizer)
         if encoder.weight_bytes >= ONNX_BYTES:
             size = f"{encoder.weight_bytes / 2**30:.1f} GiB of weights; an ONNX file holds less than 2"
             raise ValueError(f"encoder {encoder.config.label} has {size}: keep fewer layers, or project token embeddings to fewer features")

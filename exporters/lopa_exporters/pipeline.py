@@ -217,7 +217,7 @@ def _on_device(encoder: Encoder | NoEncoder, fm: FrozenModel) -> Iterator[None]:
 def _train(plan: ExportPlan, fm: FrozenModel, dataset: Dataset, lopa: LoPA, reporter: Reporter) -> LoPA:
     if plan.run is None:
         raise ValueError("a population needs a folder for its training run")
-    trainer = PopulationTrainer(fm, dataset, lopa, plan.training, plan.run)
+    trainer = PopulationTrainer(fm, dataset, lopa, plan.training, plan.run, plan.encoder)
     with (
         reporter.task("Training the shared part", plan.training.steps) as advance,
         contextlib.closing(EventWriter(plan.run, trainer.state.step)) as events,

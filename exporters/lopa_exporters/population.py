@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from lopa_exporters.checkpoint import Checkpoint
 from lopa_exporters.cohort import Cohort, StepSettings, soft_prompts
 from lopa_exporters.data import Dataset, Indices
+from lopa_exporters.encoder import EncoderConfig
 from lopa_exporters.frozen import FrozenModel
 from lopa_exporters.lopa import LoPA, LoPAConfig, config_to_dict
 
@@ -80,8 +81,12 @@ class PopulationConfig:
 class PopulationTrainer:
     """One training run in `folder`: checkpoint/, log.jsonl. An earlier run there goes on."""
 
-    def __init__(self, fm: FrozenModel, dataset: Dataset, start: LoPA, config: PopulationConfig, folder: Path) -> None:
+    def __init__(
+        self, fm: FrozenModel, dataset: Dataset, start: LoPA, config: PopulationConfig, folder: Path, encoder: EncoderConfig | None = None
+    ) -> None:
         """start: where a fresh run begins; not used when the folder holds a checkpoint of the same configuration.
+
+        encoder: what made the features, if a run whose features came from another one is to be refused.
 
         Raises:
             ValueError: the folder holds a run of another configuration.
@@ -95,6 +100,7 @@ class PopulationTrainer:
             "lopa": config_to_dict(start.config),
             "persons": [[*person, len(rows)] for person, rows in zip(dataset.persons, dataset.rows, strict=True)],
             "names": {"shared": list(start.shared), "start": list(start.start)},
+            "encoder": None if encoder is None else {**dataclasses.asdict(encoder), "folder": Path(encoder.folder).name},
         }
         saved = Checkpoint.load(folder, identity)
         if saved is None:

@@ -50,8 +50,8 @@ def aligned_start(lopa: LoPA, x: Tensor, answers: Sequence[Sequence[int]]) -> Lo
     x: (n, h) features of the training examples; all are looked at, by a device `ALIGNED_BY` at most. answers: their tokens, n lists.
     """
     found, common = reads(lopa.config, lopa.shared, x), shared_tokens(answers)
-    spread = share(len(answers)) * lopa.config.spread
-    new = {name: torch.from_numpy(turned(lopa.start[name].numpy(), found[name].numpy(), common, spread)) for name in aligned(lopa)}
+    part, spread = share(len(answers)), lopa.config.spread
+    new = {name: part * torch.from_numpy(turned(lopa.start[name].numpy(), found[name].numpy(), common, spread)) for name in aligned(lopa)}
     return replace(lopa, start={**lopa.start, **new})
 
 

@@ -43,6 +43,10 @@ class StaticEmbeddings(nn.Module):
         del attention_mask
         return States(self.table(input_ids))
 
+    def get_input_embeddings(self) -> nn.Embedding:
+        """As models of transformers have it."""
+        return self.table
+
     def projected(self, features: int) -> StaticEmbeddings:
         """The same with vectors of so many numbers (`projection`), which costs nothing on a device: the mean of tokens is linear."""
         return StaticEmbeddings(self.table.weight.detach() @ random_signs(self.table.embedding_dim, features))

@@ -69,7 +69,10 @@ class Trained:
             constants = {key.removeprefix("encoder/"): tensor for key, tensor in tensors.items() if key.startswith("encoder/")}
             lopa = LoPA(config_from_dict(values["method"]), parts["shared"], parts["start"])
             rate = float(values.get("tuning_rate", UNWRITTEN_RATE))
-            return cls(values["fingerprint"], EncoderConfig(**values["encoder"]), lopa, constants, rate)
+            encoder = values["encoder"]
+            if "features" not in encoder:  # written when 0 layers stood for all of them
+                encoder = {**encoder, "layers": encoder["layers"] or None}
+            return cls(values["fingerprint"], EncoderConfig(**encoder), lopa, constants, rate)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{folder} does not hold a trained encoder: {type(error).__name__}: {error}") from error
 
@@ -82,5 +85,7 @@ class Trained:
         own = encoder.constants if isinstance(encoder, Encoder) else {}
         if {name: tensor.shape for name, tensor in own.items()} != {name: tensor.shape for name, tensor in self.constants.items()}:
             raise ValueError(f"the run's encoder constants are not those of {encoder.config.label}")
+        if not all(tensor.isfinite().all() for tensor in self.constants.values()):
+            raise ValueError("the run's encoder constants are not finite")
         for name, tensor in self.constants.items():
             own[name].copy_(tensor)

@@ -29,8 +29,8 @@ Float64 = NDArray[np.float64]
 ALIGNED_BY = 512
 """Training examples that are looked at, at most: the regression costs n^3 in time and n^2 in memory, however long the answers are."""
 ENOUGH = 128
-"""Training examples with which corrections count in full. On development packages 256 and 512 brought filing's NLL further down, and fewer labels
-were right with 160 examples."""
+"""Training examples with which corrections count in full. On development packages 256 and 512 brought filing's NLL further down, and
+fewer labels were right with 160 examples."""
 RIDGE = 3.0
 """In units of an example's mean squared length; chosen on development packages among 1, 3 and 10."""
 LARGEST = 1e3
@@ -41,21 +41,24 @@ def aligned(encoder: PromptEncoder, start: Factors, targets: Sequence[Target], i
     """The same factors, with the tensors that the bundle names (`Manifest.aligned`) at the user's own answers, as large as `share` says.
 
     start: factors that give the same soft prompts whatever these tensors hold, as the bundle's plain start does.
-    targets: of the training examples, fewer than two of which tell nothing. instance: their instance tensors, name -> (n, ...).
+    targets: of the training examples, fewer than two of which tell nothing apart. instance: their instance tensors, name -> (n, ...).
 
     Raises:
         InvalidRequest: a target with a lone surrogate. BundleError: a graph that breaks the contract, or values that are not finite.
     """
     specs = encoder.bundle.manifest.aligned
     count = len(targets)
-    if not specs or count < 2:
+    if not specs:
         return start
-    some = batch(count, min(count, ALIGNED_BY), 1, 0)
-    chosen = [unicode_text(text, f"targets[{i}]") if isinstance(text := targets[i], str) else text for i in some]
-    answers = shared_tokens(tokens_of(encoder, chosen))
-    reads = encoder.reads({name: value[some] for name, value in instance.items()})
-    tensors = {spec.name: turned(start.tensors[spec.name], reads[spec.name], answers, share(count) * spec.spread) for spec in specs}
-    return replace(start, tensors={**start.tensors, **tensors})
+    tensors = {spec.name: start.tensors[spec.name] for spec in specs}
+    if count > 1:
+        some = batch(count, min(count, ALIGNED_BY), 1, 0)
+        chosen = [unicode_text(text, f"targets[{i}]") if isinstance(text := targets[i], str) else text for i in some]
+        answers = shared_tokens(tokens_of(encoder, chosen))
+        reads = encoder.reads({name: value[some] for name, value in instance.items()})
+        tensors = {spec.name: turned(tensors[spec.name], reads[spec.name], answers, spec.spread) for spec in specs}
+    part = np.float32(share(count))
+    return replace(start, tensors={**start.tensors, **{name: part * tensor for name, tensor in tensors.items()}})
 
 
 def share(examples: int) -> float:

@@ -51,8 +51,14 @@ def test_without_a_population_it_says_so(fm_folder: Path, tmp_path: Path, capsys
         (["--fm", "{fm}", "--corrections", "W1u"], "corrections"),
         (["--fm", "{fm}", "--encoder-layers", "5"], "layers is 5"),
         (["--fm", "{fm}", "--pooling", "last"], "token embeddings"),
-        (["--fm", "{fm}", "--profile", "heads", "--z-rank", "2"], "--z-rank means nothing with profile heads"),
-        (["--fm", "{fm}", "--trained", "{folder}", "--rows", "2"], "--rows means nothing with --trained"),
+        (["--fm", "{fm}", "--profile", "heads", "--z-rank", "2"], "--z-rank: no effect with profile heads"),
+        (["--fm", "{fm}", "--profile", "prompt", "--features", "8", "--rank", "2"], "--features, --rank: no effect with profile prompt"),
+        (["--fm", "{fm}", "--composition", "none", "--pooling", "cls"], "--pooling: no effect with composition none"),
+        (["--fm", "{fm}", "--steps", "3"], "--steps: no effect without --population"),
+        (["--fm", "{fm}", "--max-loss", "1"], "--max-loss: no effect without --quantize"),
+        (["--fm", "{fm}", "--max-tokens", "1000000000"], "max_tokens is 1000000000"),
+        (["--fm", "{fm}", "--features", "1"], "features is 1"),
+        (["--fm", "{fm}", "--trained", "{folder}", "--rows", "2"], "--rows: no effect with --trained"),
     ],
 )
 def test_mistakes_are_told_in_one_line(

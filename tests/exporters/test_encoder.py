@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from lopa_exporters.graphs import export_encode
 from lopa_exporters.projection import random_signs
 from lopa_exporters.static import save_static
 from lopa_exporters.verify import verify_encode
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -80,6 +83,21 @@ def test_without_layers_the_model_s_token_embeddings_are_averaged(tmp_path: Path
         assert torch.allclose(fewer, functional.normalize(mean @ random_signs(len(mean), 8), dim=0), atol=1e-5)
     export_encode(narrow, 40, tmp_path / "encode.onnx")
     verify_encode(tmp_path / "encode.onnx", narrow, 8, 300, 40)
+
+
+def test_token_embeddings_that_are_missing_or_too_few_are_an_error(bert_folder: Path, fm_folder: Path, tmp_path: Path) -> None:
+    for name, source, table in (("missing", bert_folder, "embeddings.word_embeddings.weight"), ("short", fm_folder, "")):
+        shutil.copytree(source, tmp_path / name)
+        weights = load_file(source / "model.safetensors")
+        if table:
+            del weights[table]
+        else:
+            config = json.loads((source / "config.json").read_text())
+            (tmp_path / name / "config.json").write_text(json.dumps({**config, "vocab_size": 200}))
+            weights = {key: value[:200] if len(value) == 300 else value for key, value in weights.items()}
+        save_file(weights, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match="would be random" if table else "200 token embeddings; its tokenizer has 300 tokens"):
+            Encoder.load(EncoderConfig(folder=str(tmp_path / name), layers=0))
 
 
 def test_an_encoder_larger_than_a_file_may_be_is_an_error(fm_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

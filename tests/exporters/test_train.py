@@ -59,8 +59,11 @@ def test_train_go_on_and_export(fm_folder: Path, population: Path, tmp_path: Pat
     manifest = Bundle.open(out).manifest
     assert (manifest.rows, manifest.encoder.max_tokens, manifest.tuning.learning_rate) == (3, 32, 0.005)
     assert manifest.instance[0].shape == (8,)
+    assert run("train-encoder", *arguments, "--pooling", "mean") == 1  # on with features that are another encoder's
+    assert "encoder" in capsys.readouterr().err
     values = json.loads((folder / "trained.json").read_text())
-    values["encoder"]["features"] = 0
+    del values["encoder"]["features"]
+    values["encoder"]["layers"] = 0  # as written when that stood for all layers
     (tmp_path / "changed").mkdir()
     (tmp_path / "changed" / "trained.json").write_text(json.dumps(values))
     (tmp_path / "changed" / "trained.safetensors").write_bytes((folder / "trained.safetensors").read_bytes())

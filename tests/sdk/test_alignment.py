@@ -109,7 +109,8 @@ def test_an_answer_that_is_no_text_is_a_typed_error(encoder: PromptEncoder) -> N
 
 def test_one_example_tells_nothing_apart(encoder: PromptEncoder) -> None:
     start = Factors.start(encoder.bundle)
-    assert aligned(encoder, start, TARGETS[:1], encoder.encode(PROMPTS[:1])) is start
+    found = aligned(encoder, start, TARGETS[:1], encoder.encode(PROMPTS[:1]))
+    np.testing.assert_array_equal(found.tensors["W1v.Q"], start.tensors["W1v.Q"] / ENOUGH)
 
 
 def test_shared_tokens_are_counted_once_an_answer() -> None:
@@ -118,7 +119,7 @@ def test_shared_tokens_are_counted_once_an_answer() -> None:
 
 def test_few_examples_count_for_less(encoder: PromptEncoder) -> None:
     """Their share of the spread, and of each step; what is not aligned moves in full."""
-    (spec, *_) = encoder.bundle.manifest.aligned
+    spec = next(spec for spec in encoder.bundle.manifest.aligned if spec.name == "W1v.Q")
     instance = {"x": np.random.default_rng(0).standard_normal((2 * ENOUGH, 512)).astype(np.float32)}
     start = Factors.start(encoder.bundle)
     for count, part in ((ENOUGH // 4, 0.25), (ENOUGH, 1.0), (2 * ENOUGH, 1.0)):
@@ -126,6 +127,8 @@ def test_few_examples_count_for_less(encoder: PromptEncoder) -> None:
         found = aligned(encoder, start, [[i % 3] for i in range(count)], few)
         given = encoder.reads(few)[spec.name] @ found.tensors[spec.name][:, :1]
         np.testing.assert_allclose(given.std(), part * spec.spread, rtol=1e-4)
+        random = found.tensors[spec.name][:, -1]  # three answers are told apart by two directions
+        np.testing.assert_array_equal(random, part * start.tensors[spec.name][:, -1])
         after = {name: tensor + np.float32(1) for name, tensor in start.tensors.items()}
         for name, tensor in slowed(encoder, start.tensors, after, count).items():
             names = [one.name for one in encoder.bundle.manifest.aligned]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -27,12 +28,10 @@ FEATURES_HELP = (
 TUNING_RATE_HELP = "Learning rate of devices, and of persons in training. Default: that of --trained; else " + ", ".join(
     f"{rate:g} with {profile}" for profile, rate in defaults.TUNING_RATES.items()
 )
-_FACTORS_ONLY = ("z_rank", "corrections")
-_DECIDED_BY_RUN = (
-    *("encoder", "encoder_layers", "pooling", "features", "max_tokens", "truncation_side"),
-    *("profile", "composition", "rows", "rank", "head_width", *_FACTORS_ONLY, "output_std"),
-    *("run", "steps", "lifetime", "shared_rate", "start_rate", "seed"),
-)
+_OF_ENCODER = ("encoder", "encoder_layers", "pooling", "features", "max_tokens", "truncation_side")
+_OF_INSTANCE = (*_OF_ENCODER, "rank", "head_width", "corrections", "output_std")
+_OF_TRAINING = ("run", "steps", "lifetime", "shared_rate", "start_rate")
+_OF_FACTORS = ("z_rank", "corrections")
 _METHOD, _TRAINING, _ENCODER, _SIZE = "Method", "Training from a population", "Encoder", "Quantization"
 
 
@@ -108,7 +107,14 @@ def build(
     chatter.disable_progress_bar()
     chatter.set_verbosity_error()
     with failing():
-        refuse_unused(given_in(context), profile, trained=trained is not None)
+        by_run = (*_OF_INSTANCE, *_OF_TRAINING, "profile", "composition", "rows", "z_rank", "seed")
+        rules: dict[str, tuple[bool, Sequence[str]]] = {
+            "with --trained, whose run decides": (trained is not None, by_run),
+            **method_rules(profile, composition),
+            "without --population": (population is None, _OF_TRAINING),
+            "without --quantize": (quantize == "none", ("max_loss", "examples")),
+        }
+        refuse_unused(given_in(context), rules)
         folder = resolve_folder(fm)
         own = encoder == "fm"
         rate = rate_of(profile, tuning_rate, trained)
@@ -152,16 +158,25 @@ def given_in(context: typer.Context) -> set[str]:
     return {name for name in context.params if (source := context.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"}
 
 
-def refuse_unused(given: set[str], profile: Profile, *, trained: bool) -> None:
-    """Tell what would be dropped without a word.
+def refuse_unused(given: set[str], rules: Mapping[str, tuple[bool, Sequence[str]]]) -> None:
+    """Tell what would be dropped without a word. rules: reason -> (whether it holds, parameters that have no effect then).
 
     Raises:
         ValueError: an option that another one leaves nothing to say.
     """
-    unused, why = (_DECIDED_BY_RUN, "--trained: the run decides it") if trained else (_FACTORS_ONLY, f"profile {profile}")
-    names = [name for name in unused if name in given] if trained or profile != "factors" else []
-    if names:
-        raise ValueError(f"{', '.join('--' + name.replace('_', '-') for name in names)} means nothing with {why}")
+    for reason, (holds, names) in rules.items():
+        unused = [f"--{name.replace('_', '-')}" for name in names if name in given]
+        if holds and unused:
+            raise ValueError(f"{', '.join(unused)}: no effect {reason}")
+
+
+def method_rules(profile: Profile, composition: Composition) -> dict[str, tuple[bool, Sequence[str]]]:
+    """For `refuse_unused`: what the method leaves out."""
+    return {
+        "with profile prompt, which reads no input": (profile == "prompt", (*_OF_INSTANCE, "z_rank", "composition")),
+        f"with profile {profile}": (profile != "factors", _OF_FACTORS),
+        "with composition none, which reads no input": (composition == "none", _OF_INSTANCE),
+    }
 
 
 def method_of(

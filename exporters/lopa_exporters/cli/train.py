@@ -20,6 +20,7 @@ from lopa_exporters.cli.build import (
     features_of,
     given_in,
     method_of,
+    method_rules,
     rate_of,
     refuse_unused,
 )
@@ -68,7 +69,7 @@ def train_encoder(
     chatter.disable_progress_bar()
     chatter.set_verbosity_error()
     with failing():
-        refuse_unused(given_in(context), profile, trained=False)
+        refuse_unused(given_in(context), method_rules(profile, composition))
         folder = resolve_folder(fm)
         own = encoder == "fm"
         layers = 0 if own and encoder_layers is None else encoder_layers
