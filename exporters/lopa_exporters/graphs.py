@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lopa_exporters.adamw import adam_factors, adamw, groups, joined, parted
+from lopa_exporters.adamw import SMALL, adam_factors, adamw, groups, joined, parted
 from lopa_exporters.lopa import LoPA, LoPAConfig, Tensors, aligned, instance_factor, of_head, reads, soft_prompt
 from lopa_exporters.structure import ExportError
 
@@ -74,7 +74,7 @@ def update_function(lopa: LoPA) -> Flat:
         shared = {name: values[name] for name in lopa.shared}
         personal = {name: values[name] for name in names}
         gradients = _personal_gradients(lopa.config, shared, personal, values)
-        squares = [joined(gradients, group).square().sum() for group in groups(personal)]
+        squares = [_square_sum(gradients, group) for group in groups(personal)]
         norm = torch.stack(squares).sum().sqrt()
         scale = (values["clip"] / (norm + 1e-6)).clamp(max=1.0)
         factors = adam_factors(values["learning_rate"], values["weight_decay"], values["step"])
@@ -86,6 +86,13 @@ def update_function(lopa: LoPA) -> Flat:
         return (*(stepped[name][i] for i in range(3) for name in names), norm)
 
     return flat
+
+
+def _square_sum(gradients: Tensors, group: Sequence[str]) -> Tensor:
+    """Of all numbers of a group. ONNX Runtime adds up an axis one number after the other, in float32: many of them go row by row."""
+    if sum(gradients[name].numel() for name in group) <= SMALL:
+        return joined(gradients, group).square().sum()
+    return torch.stack([gradients[name].square().sum(dim=-1).sum() for name in group]).sum()
 
 
 def _personal_gradients(config: LoPAConfig, shared: Tensors, personal: Tensors, values: Tensors) -> Tensors:
