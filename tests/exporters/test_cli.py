@@ -11,7 +11,7 @@ import pytest
 from lopa.bundle import Bundle
 from lopa.cli import main
 from lopa_exporters.cli import parse_corrections
-from lopa_exporters.cli.build import rate_of
+from lopa_exporters.cli.options import rate_of
 
 SMALL = ["--rows", "3", "--rank", "1", "--encoder-layers", "1", "--max-tokens", "32"]
 

@@ -11,8 +11,9 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from lopa_exporters.cli.build import build, parse_corrections
+from lopa_exporters.cli.build import build
 from lopa_exporters.cli.check import inspect, keygen, mobile, sign, verify
+from lopa_exporters.cli.options import parse_corrections
 from lopa_exporters.cli.output import TerminalReporter
 from lopa_exporters.cli.priors import priors
 

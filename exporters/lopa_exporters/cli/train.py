@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lopa_exporters import defaults
-from lopa_exporters.cli.build import (
+from lopa_exporters.cli.options import (
     CORRECTIONS,
     FEATURES_HELP,
     HEAD_WIDTH_HELP,
@@ -17,7 +17,7 @@ from lopa_exporters.cli.build import (
     Composition,
     Pooling,
     Profile,
-    features_of,
+    encoder_of,
     given_in,
     method_of,
     method_rules,
@@ -61,7 +61,6 @@ def train_encoder(
     from transformers.utils import logging as chatter
 
     from lopa_exporters.cohort import StepSettings
-    from lopa_exporters.encoder import EncoderConfig
     from lopa_exporters.hub import resolve_folder
     from lopa_exporters.pipeline import ExportPlan, train
     from lopa_exporters.population import PopulationConfig
@@ -71,9 +70,6 @@ def train_encoder(
     with failing():
         refuse_unused(given_in(context), method_rules(profile, composition))
         folder = resolve_folder(fm)
-        own = encoder == "fm"
-        layers = 0 if own and encoder_layers is None else encoder_layers
-        method = method_of(profile, composition, rows, rank, head_width, z_rank, corrections, output_std)
         rate = rate_of(profile, tuning_rate)
         training = PopulationConfig(
             steps=steps,
@@ -88,14 +84,8 @@ def train_encoder(
         plan = ExportPlan(
             fm=folder,
             out=run,
-            encoder=EncoderConfig(
-                folder=str(folder if own else encoder),
-                layers=layers,
-                pooling=pooling,
-                features=features_of(profile, features),
-                max_tokens=max_tokens,
-            ),
-            method=method,
+            encoder=encoder_of(folder, profile, encoder, encoder_layers, pooling, features, max_tokens),
+            method=method_of(profile, composition, rows, rank, head_width, z_rank, corrections, output_std),
             population=population,
             run=run,
             training=training,
