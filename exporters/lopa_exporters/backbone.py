@@ -85,6 +85,8 @@ def load_backbone(folder: str, layers: int | None, pooling: str) -> nn.Module:
 
     static = find_static(Path(folder))
     if static is not None:
+        if layers:
+            raise ValueError(f"layers is {layers}; {Path(folder).name} holds static token embeddings, which have none")
         return load_static(static)
     dtype: Any = "auto" if layers == 0 else torch.float32
     backbone, info = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation="eager", output_loading_info=True)

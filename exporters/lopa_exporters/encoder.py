@@ -1,8 +1,8 @@
 """The frozen prompt encoder: text to one standardized feature vector.
 
-A backbone (any Hugging Face text encoder; the embeddings or first layers of a causal language model), pooling, optional L2 normalization
-(as the paper's embedding encoders have it), for wide backbones a projection, and a standardization with constants from a
-population or from `probes`. The last one matters: the entries of a normalized vector of width h are about 1/sqrt(h) with a
+A backbone (any Hugging Face text encoder; the embeddings or first layers of a causal language model), pooling, for wide
+backbones a projection, optional L2 normalization (as the paper's embedding encoders have it), and a standardization with
+constants from a population or from `probes`. The last one matters: the entries of a normalized vector of width h are about 1/sqrt(h) with a
 large common part, and heads that start small then give every input nearly the same prompt.
 
 Legend: b batch, t tokens, c backbone's width, h encoder width.
@@ -124,10 +124,10 @@ class Encoder(nn.Module):
         outputs = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
         own = self.config.pooling == "pooler"
         pooled = outputs.pooler_output if own else pool(self.config.pooling, outputs.last_hidden_state, attention_mask)
-        if self.config.normalize:
-            pooled = nn.functional.normalize(pooled, dim=-1)
         if self.projection is not None:
             pooled = pooled @ self.projection
+        if self.config.normalize:
+            pooled = nn.functional.normalize(pooled, dim=-1)
         return (pooled - self.mean) * self.scale
 
     @property

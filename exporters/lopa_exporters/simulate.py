@@ -65,6 +65,18 @@ def evaluate(
     return Scores(losses.mean().item(), losses.exact.float().mean().item())
 
 
+def paced_adamw(parameters: Mapping[str, Tensor], paces: Mapping[str, float], weight_decay: float = 0.0) -> torch.optim.AdamW:
+    """AdamW for `set_rate`. paces: part of the learning rate, of the parameters that have less than all of it."""
+    groups = [{"params": [parameter], "pace": paces.get(name, 1.0)} for name, parameter in parameters.items()]
+    return torch.optim.AdamW(groups, weight_decay=weight_decay)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of the next step, each parameter at its own pace."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["pace"] * rate
+
+
 def tune_personal(
     fm: FrozenModel,
     dataset: Dataset,
@@ -80,9 +92,7 @@ def tune_personal(
     """
     rows = np.asarray(training)
     parameters = {name: tensor.to(at_rest).float().clone().requires_grad_() for name, tensor in lopa.start.items()}
-    paces = {name: share(len(rows)) for name in aligned(lopa)}
-    groups = [{"params": [parameter], "pace": paces.get(name, 1.0)} for name, parameter in parameters.items()]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = paced_adamw(parameters, dict.fromkeys(aligned(lopa), share(len(rows))), config.weight_decay)
     losses: list[float] = []
     curve: list[tuple[int, float]] = []
     best, best_step, lowest = _rounded(parameters, at_rest), 0, float("inf")
@@ -90,8 +100,7 @@ def tune_personal(
         lowest = evaluate(fm, dataset, validation, lopa, best).nll
         curve.append((0, lowest))
     for step in range(1, config.steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = group["pace"] * config.rate(step)
+        set_rate(optimizer, config.rate(step))
         picked = rows[batch(len(rows), min(config.batch_size, len(rows)), step, config.seed)]
         losses.append(_step(fm, dataset, lopa, parameters, optimizer, picked, config.clip))
         if len(validation) and (step % config.validate_every == 0 or step == config.steps):

@@ -48,7 +48,7 @@ class StaticEmbeddings(nn.Module):
         return self.table
 
     def projected(self, features: int) -> StaticEmbeddings:
-        """The same with vectors of so many numbers (`projection`), which costs nothing on a device: the mean of tokens is linear."""
+        """The same with each token's vector projected to so many numbers: their mean is the projected mean, and costs a device nothing."""
         return StaticEmbeddings(self.table.weight.detach() @ random_signs(self.table.embedding_dim, features))
 
 

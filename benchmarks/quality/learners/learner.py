@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from lopa_exporters.frozen import FrozenModel, PairLosses, TokenPair
+from lopa_exporters.simulate import paced_adamw, set_rate
 from torch import Tensor, nn
 
 CLIP = 1.0
@@ -65,18 +66,16 @@ class TorchLearner(ABC):
     footprint: Footprint
 
     def __init__(self, parameters: Mapping[str, Tensor], paces: Mapping[str, float] | None = None) -> None:
-        """paces: part of the learning rate, of parameters that have less than all of it."""
+        """paces: as `paced_adamw` has them."""
         self.parameters = dict(parameters)
-        groups = [{"params": [tensor], "pace": (paces or {}).get(name, 1.0)} for name, tensor in self.parameters.items()]
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        self.optimizer = paced_adamw(self.parameters, paces or {})
 
     @abstractmethod
     def losses(self, rows: Sequence[int], pairs: Sequence[TokenPair]) -> PairLosses: ...
 
     def step(self, rows: Sequence[int], pairs: Sequence[TokenPair], rate: float, number: int) -> None:
         del number
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["pace"] * rate
+        set_rate(self.optimizer, rate)
         losses = self.losses(rows, pairs)
         self.optimizer.zero_grad()
         losses.mean().backward()
