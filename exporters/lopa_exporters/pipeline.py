@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,9 +184,18 @@ def load_encoder(config: EncoderConfig, method: LoPAConfig, fm: FrozenModel) -> 
 
 
 def start_lopa(plan: ExportPlan, fm: FrozenModel, encoder: Encoder | NoEncoder) -> LoPA:
-    """Start values for these models."""
+    """Start values for these models.
+
+    Raises:
+        ValueError: Z_S and the heads are larger than a device's file.
+    """
     vocabulary = fm.vocabulary()
     method = dataclasses.replace(plan.method, hidden=fm.hidden, features=encoder.width)
+    size = 4 * sum(map(math.prod, method.full_shapes().values()))
+    if size > MAX_FILE_BYTES:
+        raise ValueError(
+            f"soft prompt and heads are {size / 2**30:.1f} GiB; a device takes a file of 1: fewer rows, or a smaller rank or head width"
+        )
     if plan.gain_from_vocabulary and method.profile == "factors":
         method = dataclasses.replace(method, z_gain=float(f"{Z_GAIN * vocabulary.square().mean().sqrt().item():.4g}"))
     return init_lopa(method, vocabulary, torch.Generator().manual_seed(plan.seed))

@@ -56,6 +56,7 @@ def test_without_a_population_it_says_so(fm_folder: Path, tmp_path: Path, capsys
         (["--fm", "{fm}", "--composition", "none", "--pooling", "cls"], "--pooling: no effect with composition none"),
         (["--fm", "{fm}", "--steps", "3"], "--steps: no effect without --population"),
         (["--fm", "{fm}", "--max-loss", "1"], "--max-loss: no effect without --quantize"),
+        (["--fm", "{fm}", "--head-width", "1000000000"], "soft prompt and heads are"),
         (["--fm", "{fm}", "--max-tokens", "1000000000"], "max_tokens is 1000000000"),
         (["--fm", "{fm}", "--features", "1"], "features is 1"),
         (["--fm", "{fm}", "--trained", "{folder}", "--rows", "2"], "--rows: no effect with --trained"),
@@ -74,6 +75,7 @@ def test_mistakes_are_told_in_one_line(
 
 def test_corrections_are_parsed() -> None:
     assert parse_corrections("W1u=1, W2v=3 , W1v=2") == {"W1u": 1, "W2v": 3, "W1v": 2}
+    assert parse_corrections("none") == {}
     with pytest.raises(ValueError, match="each matrix once"):
         parse_corrections("W1u=1,W1u=2")
 
@@ -82,7 +84,6 @@ def test_corrections_are_parsed() -> None:
 def test_a_rate_that_teaches_nothing_is_told_before_anything_is_loaded(rate: float) -> None:
     with pytest.raises(ValueError, match="above 0"):
         rate_of("factors", rate)
-    assert parse_corrections("none") == {}
 
 
 def test_the_command_s_module_needs_no_torch() -> None:
