@@ -28,7 +28,7 @@ demo: $(VENV)/.demo  ## eight users tune at the same time, then generate in one 
 	$(BIN)/lopa demo $(ARGS)
 
 test: $(VENV)/.dev  ## every test that needs no patience (all of them: make test ARGS="-m ''")
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/.dev  ## format, lint, types, generated code and tables, licences
 	$(BIN)/ruff format --check .
