@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ BATCH = 8
 STEPS = {"completion": 30, "filing": 100, "naming": 100, "docstring": 100}
 MEASUREMENTS = 4
 """On validation items while tuning, evenly spread, the last after the last step."""
+UNREPEATED = "unrepeated_nll"
 
 
 @dataclass(frozen=True)
@@ -82,16 +84,33 @@ def at_full_context(learner: Learner, material: Material) -> dict[str, float]:
     return {"full_context_nll": front, "full_context_near_nll": near}
 
 
-@torch.no_grad()
 def accuracy(learner: Learner, material: Material) -> float:
-    """Filing: the part of test items whose own label is the likeliest, as a whole, of all the user's labels."""
+    """Filing: the part of test items that are `filed_right`."""
+    return fmean(filed_right(learner, material).values())
+
+
+@torch.no_grad()
+def filed_right(learner: Learner, material: Material) -> dict[int, bool]:
+    """Filing: for every test item whether its own label is the likeliest, as a whole, of all the user's labels."""
     rows = [row for row in material.test for _ in material.labels]
     choices = [
         TokenPair(material.pairs[row].prompt, label, material.pairs[row].prefix) for row in material.test for label in material.labels
     ]
     nll = learner.losses(rows, choices).nll.view(len(material.test), len(material.labels))
     guesses = [material.data.labels[i] for i in nll.argmin(dim=1).tolist()]
-    return sum(guess == material.items[row].target for guess, row in zip(guesses, material.test, strict=True)) / len(guesses)
+    return {row: guess == material.items[row].target for guess, row in zip(guesses, material.test, strict=True)}
+
+
+def filing(learner: Learner, material: Material) -> dict[str, float]:
+    """Right labels, of all test items and of those alone that repeat no tuning item, and these ones' NLL."""
+    right, unrepeated = filed_right(learner, material), material.unrepeated
+    return {
+        "accuracy": fmean(right.values()),
+        "labels": len(material.labels),
+        "unrepeated_items": len(unrepeated),
+        UNREPEATED: score(learner, material, unrepeated).nll,
+        "unrepeated_accuracy": fmean(right[row] for row in unrepeated),
+    }
 
 
 def tune(learner: Learner, material: Material, cell: Cell) -> Tuned:
@@ -143,7 +162,7 @@ def run(cell: Cell, bench: Bench, material: Material) -> tuple[dict[str, Any], S
     if material.full and cell.method in MAIN:
         row |= at_full_context(learner, material)
     if material.labels:
-        row |= {"accuracy": accuracy(learner, material), "labels": len(material.labels)}
+        row |= filing(learner, material)
     row |= costs(learner, material, cell)
     if isinstance(learner, DeviceLearner):
         row |= {"prior": learner.prior}

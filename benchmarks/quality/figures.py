@@ -19,7 +19,7 @@ from lopa_exporters.lopa import LoPAConfig
 from lopa_server.models import nano_bundle_folder
 from numpy.typing import NDArray
 
-from benchmarks.quality.cell import Cell
+from benchmarks.quality.cell import UNREPEATED, Cell
 from benchmarks.quality.grid import FEW, SIZES
 from benchmarks.quality.learners.learner import bytes_at_rest
 from benchmarks.quality.learners.shared import read_method
@@ -102,8 +102,18 @@ def with_priors(results: Results, task: str) -> dict[str, list[Cell]]:
 
 def at_full_context(results: Results) -> dict[str, list[Cell]]:
     """Completion: the comparable cells that all of `COMPARED` have been measured on at full context too; empty if there are none."""
-    common = results.common(("completion",))
-    measured = {method: {(cell.user, cell.seed) for cell in cells if NEAR in results.rows[cell]} for method, cells in common.items()}
+    return _measured(results, "completion", NEAR)
+
+
+def unrepeated(results: Results) -> dict[str, list[Cell]]:
+    """Filing: the comparable cells that all of `COMPARED` have been measured on without repeated snippets too; empty if there are none."""
+    return _measured(results, "filing", UNREPEATED)
+
+
+def _measured(results: Results, task: str, name: str) -> dict[str, list[Cell]]:
+    """A task's comparable cells whose rows have a value of that name."""
+    common = results.common((task,))
+    measured = {method: {(cell.user, cell.seed) for cell in cells if name in results.rows[cell]} for method, cells in common.items()}
     shared = set.intersection(*(measured.get(method, set()) for method in COMPARED))
     kept = {method: [cell for cell in cells if (cell.user, cell.seed) in shared & measured[method]] for method, cells in common.items()}
     return {method: cells for method, cells in kept.items() if cells}
@@ -171,15 +181,16 @@ def figures(results: Results) -> dict[str, float]:
         values |= _gains(results.common((task,)), results, f"_{task}")
     values |= _gains(at_full_context(results), results, "_completion_full_context", FULL)
     values |= _gains(at_full_context(results), results, "_completion_full_context_near", NEAR)
+    values |= _gains(unrepeated(results), results, "_filing_unrepeated", UNREPEATED)
     for task in finished:
         measured = {method: by_user(cells, results.gain) for method, cells in with_priors(results, task).items()}
         for method in PRIORS:
             if method in measured:
                 _put(values, f"{method}_gain_{task}", estimate(measured[method]))
                 _put(values, f"default_over_{method}_{task}", ratio(measured["default"], measured[method]))
-    if "filing" in finished:
-        for method, cells in results.common(("filing",)).items():
-            _put(values, f"{method}_filing_accuracy", estimate(by_user(cells, lambda cell: results.rows[cell]["accuracy"])))
+    for suffix, name, found in (("", "accuracy", results.common(("filing",))), ("_unrepeated", "unrepeated_accuracy", unrepeated(results))):
+        for method, cells in found.items():
+            _put(values, f"{method}_filing_accuracy{suffix}", estimate(by_user(cells, lambda cell, name=name: results.rows[cell][name])))
     few = by_size(results).get(FEW)
     if few:
         gains = by_user(few["default"], results.gain)

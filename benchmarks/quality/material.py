@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from lopa.demo.users import Item, TaskData
+from lopa.demo.users import Item, TaskData, mostly_seen
 from lopa.encoder import PromptEncoder
 from lopa.examples import permutation
 from lopa.values import Float32
@@ -33,6 +33,8 @@ class Material:
     test: tuple[int, ...]
     labels: tuple[tuple[int, ...], ...]
     """Filing: each label's tokens, the end token included."""
+    unrepeated: tuple[int, ...] = ()
+    """Filing: the test items but those that mostly repeat lines of the given tuning items."""
     full: tuple[int, ...] = ()
     """Completion: the test items again, behind as much of their files as the model's context holds."""
     near: tuple[int, ...] = ()
@@ -59,6 +61,7 @@ def prepare(data: TaskData, fm: FrozenModel, encoder: PromptEncoder, size: int |
     pairs = tuple(map(TokenPair, prompts, targets, prefixes))
     near = tuple(_split(pair, len(prompt)) for pair, prompt in zip(pairs[tests:], prompts[count:tests], strict=bool(longer)))
     features = {name: np.asarray(value) for name, value in encoder.encode([item.text for item in items]).items()}
+    seen = {line.strip() for item in items[:count] for line in _code(item).splitlines()}
     return Material(
         data,
         (*items, *longer),
@@ -68,9 +71,15 @@ def prepare(data: TaskData, fm: FrozenModel, encoder: PromptEncoder, size: int |
         validation=tuple(sorted(order[:held])),
         test=tuple(range(count, tests)),
         labels=tuple(map(tuple, labels)),
+        unrepeated=tuple(row for row in range(count, tests) if data.labels and not mostly_seen(_code(items[row]), seen)),
         full=tuple(range(tests, len(pairs))),
         near=tuple(range(len(pairs), len(pairs) + len(near))),
     )
+
+
+def _code(item: Item) -> str:
+    """What the user wrote of what is read."""
+    return item.text.removeprefix("<|code|>").removesuffix("<|file|>")
 
 
 def _shortened(prompt: Sequence[int], most: int) -> list[int]:

@@ -16,7 +16,7 @@ from benchmarks.quality.learners.dept import DecomposedLearner
 from benchmarks.quality.learners.device import DeviceLearner
 from benchmarks.quality.learners.learner import Learner, PlainLearner
 from benchmarks.quality.learners.prefix import PrefixLearner
-from benchmarks.quality.learners.weights import full, lora
+from benchmarks.quality.learners.weights import RANK, adapter, full, lora
 from benchmarks.quality.material import Material
 
 ROWS = 25
@@ -79,6 +79,13 @@ def prompts_from_prior(bench: Bench, material: Material, _seed: int) -> Learner:
     return prompts.from_prompt(bench.fm, material, start.soft(material.training).mean(dim=0), start.rate)
 
 
+def _lora_from_prior(bench: Bench, material: Material, seed: int) -> Learner:
+    """At the part of the learning rate that the bundle's priors have; from nothing where it has none for the task."""
+    rates = {prior.name: prior.rate for prior in bench.encoder.bundle.manifest.priors}
+    task = material.data.task
+    return lora(bench.fm, seed, RANK, adapter(task), rates[task]) if task in rates else lora(bench.fm, seed, RANK)
+
+
 METHODS: dict[str, Method] = {
     "none": Method("plain model", lambda bench, _material, _seed: PlainLearner(bench.fm)),
     "prompt_tuning": Method("prompt tuning, vocabulary start", _prompt("SAMPLE_VOCAB"), rate=0.1),
@@ -95,6 +102,7 @@ METHODS: dict[str, Method] = {
         "the prior alone, never tuned", lambda bench, material, _: DeviceLearner(bench.fm, bench.encoder, material, trial=0)
     ),
     "prompt_tuning_prior": Method("prompt tuning from the default's prior", prompts_from_prior, like="prompt_tuning"),
+    "lora_r8_prior": Method("LoRA r = 8 from a population's adapter", _lora_from_prior, like="lora_r8"),
     "prompt_tuning_random": Method("prompt tuning, random start", _prompt("RANDOM"), rate=0.1),
     **{
         f"prompt_tuning_m{rows}": Method(f"prompt tuning, {rows} rows", _prompt("SAMPLE_VOCAB", rows), like="prompt_tuning")
@@ -156,8 +164,8 @@ MAIN = ("none", "prompt_tuning", "default", "heads", "lora_r8", "full")
 COMPARED = MAIN[:-1]
 """Those that are compared on exactly the same cells; full fine-tuning, the costliest, on as many of them as it was measured on."""
 UNTUNED = ("none", "prior_alone")
-PRIORS = ("prompt_tuning_prior", "default_no_priors", "prior_alone")
-"""What tells the prior's part of the default's gain from the method's, where the bundle has a prior."""
+PRIORS = ("prompt_tuning_prior", "default_no_priors", "prior_alone", "lora_r8_prior")
+"""What tells the prior's part of the default's gain from the method's, where the bundle has a prior; and what one is worth to LoRA."""
 SWEEP = tuple(name for name in METHODS if name not in (*MAIN, *PRIORS))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from lopa.priors import CHOSEN_BY, FITS, TRIAL_STEPS
 
-from benchmarks.quality.cell import BATCH, MEASUREMENTS, STEPS, Cell
+from benchmarks.quality.cell import BATCH, MEASUREMENTS, STEPS, UNREPEATED, Cell
 from benchmarks.quality.figures import (
     FULL,
     NEAR,
@@ -26,6 +26,7 @@ from benchmarks.quality.figures import (
     everywhere,
     figures,
     ratio,
+    unrepeated,
     with_priors,
 )
 from benchmarks.quality.grid import LIKE_TASK, Rates, stages
@@ -65,6 +66,8 @@ def write(results: Results, rates: Rates, path: Path, pictures: Sequence[Path]) 
         **quoted(results),
         "main": main_tables(results),
         "full_context": full_context_table(results),
+        "unrepeated": unrepeated_table(results),
+        "repeats": repeats(results),
         "verdicts": verdicts(results),
         "priors": prior_table(results),
         "examples": example_table(results),
@@ -151,6 +154,24 @@ def full_context_table(results: Results) -> str:
     return _table(header, rows) if rows else "Not measured yet."
 
 
+def repeats(results: Results) -> str:
+    """The part of filing's test items that mostly repeat tuning items."""
+    rows = [results.rows[cell] for cell in unrepeated(results).get("none", ())]
+    items = sum(row["test_items"] for row in rows)
+    return f"{1 - sum(row['unrepeated_items'] for row in rows) / items:.1%}" if rows else "Some"
+
+
+def unrepeated_table(results: Results) -> str:
+    """Filing without the test items that mostly repeat tuning items."""
+    rows = []
+    for method, cells in unrepeated(results).items():
+        nll = fmean(by_user(cells, lambda one: results.rows[one][UNREPEATED]).values())
+        right = estimate(by_user(cells, lambda one: results.rows[one]["unrepeated_accuracy"]))
+        gain = "" if method == "none" else percent(estimate(by_user(cells, partial(results.gain, nll=UNREPEATED))))
+        rows.append([METHODS[method].title, f"{nll:.3f}", gain, percent(right)])
+    return _table(("method", "NLL", "gain", "right label"), rows) if rows else "Not measured yet."
+
+
 def _row(results: Results, method: str, cells: Sequence[Cell]) -> list[str]:
     rows = [results.rows[one] for one in cells]
     gains = by_user(cells, results.gain)
@@ -183,6 +204,9 @@ def verdicts(results: Results) -> str:
             rows.append([task, *_comparison(common, results.gain)])
             if task == "filing":
                 rows.append([f"{task}, right label", *_comparison(common, lambda one: results.rows[one]["accuracy"])])
+                if few := unrepeated(results):
+                    right = _comparison(few, lambda one: results.rows[one]["unrepeated_accuracy"])
+                    rows.append([f"{task} without repeats, right label", *right])
     if common := everywhere(results):
         rows.append(["mean over tasks", *_comparison(common, results.gain)])
     header = ("", "default / prompt tuning", "users above", "default / LoRA r = 8", "users above", "heads / prompt tuning", "users above")

@@ -52,6 +52,10 @@ class PriorConfig:
         if not 0 < self.learning_rate < np.inf or not 0 < self.rate < np.inf:
             raise ValueError("learning_rate and rate must be finite and above 0")
 
+    def rate_at(self, number: int) -> float:
+        """The learning rate of a step, which counts from 1."""
+        return self.learning_rate * min(1.0, number / max(1, self.warmup)) * (1 - (number - 1) / self.steps)
+
 
 class DeviceSteps:
     """Factors that are stepped as on a device, without the wire: compose.onnx gives soft prompts, update.onnx takes their gradient."""
@@ -107,14 +111,13 @@ def train_prior(
     device.factors = aligned(encoder, device.factors, [example.target for example in examples], instance)
     device.examples = len(examples)
     for number in range(1, config.steps + 1):
-        rows = _spread(people, config.persons, rng)
-        rate = config.learning_rate * min(1.0, number / max(1, config.warmup)) * (1 - (number - 1) / config.steps)
+        rows = spread(people, config.persons, rng)
         batch: dict[str, Float32] = {name: value[rows] for name, value in instance.items()}
-        on_step(number, device.step(batch, [pairs[row] for row in rows], rate, number))
+        on_step(number, device.step(batch, [pairs[row] for row in rows], config.rate_at(number), number))
     return device.factors
 
 
-def _spread(people: Sequence[Indices], count: int, rng: np.random.Generator) -> list[int]:
+def spread(people: Sequence[Indices], count: int, rng: np.random.Generator) -> list[int]:
     """One row each of as many persons, drawn without replacement."""
     chosen = rng.permutation(len(people))[:count]
     return [int(rng.choice(people[person])) for person in chosen]

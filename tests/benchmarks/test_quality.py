@@ -20,7 +20,7 @@ from lopa_exporters.frozen import FrozenModel, TokenPair
 from lopa_server.models import nano_bundle_folder, nano_folder
 from peft import PrefixTuningConfig, TaskType, get_peft_model
 
-from benchmarks.quality.cell import Cell, tune
+from benchmarks.quality.cell import Cell, score, tune
 from benchmarks.quality.functions import build_function_task, functions
 from benchmarks.quality.learners.dept import RANK, SLOWER, DecomposedLearner
 from benchmarks.quality.learners.device import DeviceLearner
@@ -62,6 +62,25 @@ def test_device_steps_as_torch_does(bench: Bench, material: Material) -> None:
 def device_start_nll(bench: Bench, material: Material) -> float:
     losses = DeviceLearner(bench.fm, bench.encoder, material).losses(material.validation, material.of(material.validation))
     return losses.mean().item()
+
+
+def test_snippets_that_repeat_tuning_items_are_told_apart(bench: Bench) -> None:
+    """Whatever module the test snippet is from; but for markers, which are nobody's code; of the items that the user has."""
+    data = build("email", "filing", held_out_modules("email"), 0)
+    new = replace(data.tuning[0], prefix=f"<|code|>{FUNCTION.format(i=1, n=2)}<|file|>")
+    again = replace(data.tuning[10], target=data.tuning[0].target, prefix=f"<|code|>\n{data.tuning[10].prefix.removeprefix('<|code|>')}")
+    data = replace(data, tuning=data.tuning[:20], test=(new, again))
+    assert prepare(data, bench.fm, bench.encoder, None, 0).unrepeated == (20,)
+    assert prepare(data, bench.fm, bench.encoder, 5, 0).unrepeated == (5, 6)
+
+
+def test_lora_goes_on_from_what_a_population_learnt(bench: Bench) -> None:
+    """An adapter of the task's own, of a user's size, that is worth something before the first step."""
+    data = build("email", "docstring", held_out_modules("email"), 0)
+    material = prepare(replace(data, test=data.test[:8]), bench.fm, bench.encoder, 5, 0)
+    learner, fresh = (METHODS[name].make(bench, material, 0) for name in ("lora_r8_prior", "lora_r8"))
+    assert learner.footprint == fresh.footprint
+    assert score(learner, material, material.test).nll < 0.9 * score(fresh, material, material.test).nll
 
 
 def test_prefix_tuning_is_pefts(bench: Bench) -> None:

@@ -29,7 +29,8 @@ def committed() -> Results:
 def whole() -> dict[Cell, Row]:
     """The whole grid, measured: every method halves the NLL."""
     costs = {"validation_nll": 1.0, "test_nll": 1.0, "accuracy": 0.5, "labels": 4, "device_bytes": 100, "server_bytes": 10}
-    plain = {**costs, "validation_nll": 2.0, "test_nll": 2.0}
+    costs |= {"unrepeated_nll": 1.0, "unrepeated_accuracy": 0.5}
+    plain = {**costs, "validation_nll": 2.0, "test_nll": 2.0, "unrepeated_nll": 4.0, "test_items": 40, "unrepeated_items": 30}
     return {cell: plain if cell.method == "none" else costs for cell in GRID}
 
 
@@ -73,6 +74,7 @@ def test_every_figure_has_its_name() -> None:
     assert {f"{method}_filing_accuracy" for method in ("default", "lora_r8", "prompt_tuning")} <= found.keys()
     assert (found["users_improved_20_examples"], found["users_improved"], found["users"], found["seeds"]) == (12, 12, 12, 3)
     assert found["default_gain"] == found["default_gain_filing"] == 0.5
+    assert (found["default_gain_filing_unrepeated"], found["default_filing_accuracy_unrepeated"]) == (0.75, 0.5)
     assert found["default_over_lora_r8"] == 1.0
     assert "| mean over tasks | 1.00 (1.00 to 1.00) | 0 of 12 |" in report.verdicts(Results(whole()))
 
