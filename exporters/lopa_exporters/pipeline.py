@@ -191,7 +191,8 @@ def start_lopa(plan: ExportPlan, fm: FrozenModel, encoder: Encoder | NoEncoder) 
     """
     vocabulary = fm.vocabulary()
     method = dataclasses.replace(plan.method, hidden=fm.hidden, features=encoder.width)
-    size = 4 * sum(map(math.prod, method.full_shapes().values()))
+    item = 2 if method.profile != "factors" and plan.personal_dtype == "F16" else 4  # shared tensors are float32 in the graphs
+    size = item * sum(map(math.prod, method.full_shapes().values()))
     if size > MAX_FILE_BYTES:
         raise ValueError(
             f"soft prompt and heads are {size / 2**30:.1f} GiB; a device takes a file of 1: fewer rows, or a smaller rank or head width"
