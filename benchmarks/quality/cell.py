@@ -28,6 +28,7 @@ STEPS = {"completion": 30, "filing": 100, "naming": 100, "docstring": 100}
 MEASUREMENTS = 4
 """On validation items while tuning, evenly spread, the last after the last step."""
 UNREPEATED = "unrepeated_nll"
+"""Name of the NLL over `Material.unrepeated` in a row."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ compared on the same cells only: a (task, user, seed) counts once all of them ha
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
@@ -32,6 +32,8 @@ BESIDE_PRIORS = ("prompt_tuning", *PRIORS, "default")
 FEW_USERS = 6
 FEW_METHODS = ("prompt_tuning", "default", "lora_r8")
 FULL, NEAR = "full_context_nll", "full_context_near_nll"
+Place = tuple[str, str, int]
+"""Task, user and seed."""
 WIDE = 4096
 """d of a large model."""
 
@@ -84,13 +86,17 @@ class Results:
         A task's further seeds count once every user that it was measured for has them, so that no user weighs by chance.
         """
         chosen = {method: {(cell.task, cell.user, cell.seed): cell for cell in self.select(method, tasks)} for method in MAIN}
-        shared = set.intersection(*(set(chosen[method]) for method in COMPARED))
-        users: dict[tuple[str, int], set[str]] = defaultdict(set)
-        for task, user, seed in shared:
-            users[task, seed].add(user)
-        shared = {(task, user, seed) for task, user, seed in shared if users[task, seed] == users[task, 0]}
+        shared = _whole_seeds(set.intersection(*(set(chosen[method]) for method in COMPARED)))
         kept = {method: [cell for place, cell in cells.items() if place in shared] for method, cells in chosen.items()}
         return {method: cells for method, cells in kept.items() if cells}
+
+
+def _whole_seeds(places: Set[Place]) -> set[Place]:
+    """Places but those of a seed that not every user of its task has, so that no user weighs by chance."""
+    users: dict[str, set[str]] = defaultdict(set)
+    for task, user, _ in places:
+        users[task].add(user)
+    return {(task, user, seed) for task, user, seed in places if all((task, other, seed) in places for other in users[task])}
 
 
 def with_priors(results: Results, task: str) -> dict[str, list[Cell]]:
@@ -113,9 +119,14 @@ def unrepeated(results: Results) -> dict[str, list[Cell]]:
 def _measured(results: Results, task: str, name: str) -> dict[str, list[Cell]]:
     """A task's comparable cells whose rows have a value of that name."""
     common = results.common((task,))
-    measured = {method: {(cell.user, cell.seed) for cell in cells if name in results.rows[cell]} for method, cells in common.items()}
+    measured = {
+        method: _whole_seeds({(task, cell.user, cell.seed) for cell in cells if name in results.rows[cell]})
+        for method, cells in common.items()
+    }
     shared = set.intersection(*(measured.get(method, set()) for method in COMPARED))
-    kept = {method: [cell for cell in cells if (cell.user, cell.seed) in shared & measured[method]] for method, cells in common.items()}
+    kept = {
+        method: [cell for cell in cells if (task, cell.user, cell.seed) in shared & measured[method]] for method, cells in common.items()
+    }
     return {method: cells for method, cells in kept.items() if cells}
 
 

@@ -59,9 +59,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    try:
+        population = by_task(read_examples(args.population), args.task or [])
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     fm, rates = FrozenModel.load(nano_folder(), bf16=compute_dtype() == "bfloat16"), load_rates()
     tuned = dict(load_file(args.out)) if args.out.exists() else {}
-    for task, examples in by_task(read_examples(args.population), args.task or []).items():
+    for task, examples in population.items():
         print(f"{task}, {len(examples)} examples")
         config = replace(PriorConfig(steps=STEPS), learning_rate=rates[RATE_LIKE.get(task, "filing")]["lora_r8"])
         tuned |= {f"{task}:{name}": tensor.to(AT_REST) for name, tensor in train(fm, examples, config).items()}

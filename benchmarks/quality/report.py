@@ -168,8 +168,8 @@ def unrepeated_table(results: Results) -> str:
         nll = fmean(by_user(cells, lambda one: results.rows[one][UNREPEATED]).values())
         right = estimate(by_user(cells, lambda one: results.rows[one]["unrepeated_accuracy"]))
         gain = "" if method == "none" else percent(estimate(by_user(cells, partial(results.gain, nll=UNREPEATED))))
-        rows.append([METHODS[method].title, f"{nll:.3f}", gain, percent(right)])
-    return _table(("method", "NLL", "gain", "right label"), rows) if rows else "Not measured yet."
+        rows.append([METHODS[method].title, str(len({one.seed for one in cells})), f"{nll:.3f}", gain, percent(right)])
+    return _table(("method", "seeds", "NLL", "gain", "right label"), rows) if rows else "Not measured yet."
 
 
 def _row(results: Results, method: str, cells: Sequence[Cell]) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.quality import plots, report
 from benchmarks.quality.cell import Cell
 from benchmarks.quality.command import run_grid, run_smoke
-from benchmarks.quality.figures import Results, by_user, estimate, figures, ratio
+from benchmarks.quality.figures import Results, by_user, estimate, figures, ratio, unrepeated
 from benchmarks.quality.grid import load_rates, smoke, stages
 from benchmarks.quality.store import Row, Store
 from benchmarks.quality.tasks import ROOT, TASKS, USERS
@@ -77,6 +77,19 @@ def test_every_figure_has_its_name() -> None:
     assert (found["default_gain_filing_unrepeated"], found["default_filing_accuracy_unrepeated"]) == (0.75, 0.5)
     assert found["default_over_lora_r8"] == 1.0
     assert "| mean over tasks | 1.00 (1.00 to 1.00) | 0 of 12 |" in report.verdicts(Results(whole()))
+
+
+def test_a_seed_counts_once_every_user_has_it() -> None:
+    """Whichever seed that is, and of each method's cells that have what is counted."""
+    rows = whole()
+    first, second = (
+        next(cell for cell in rows if cell.method == "full" and cell.task == "filing" and cell.seed == seed) for seed in (0, 1)
+    )
+    for cell in (first, second):
+        rows[cell] = {name: value for name, value in rows[cell].items() if name != "unrepeated_nll"}
+    results = Results(rows)
+    assert {cell.seed for cell in unrepeated(results)["full"]} == {2}
+    assert {cell.seed for cell in unrepeated(results)["default"]} == {cell.seed for cell in results.common()["full"]} == {0, 1, 2}
 
 
 def test_what_is_not_measured_is_told() -> None:
