@@ -45,7 +45,8 @@ def serve(
     kv_memory_mib: Annotated[int | None, typer.Option(help="MiB for the key-value pool. Default: 40 % of the free memory.")] = None,
     block_size: Annotated[int, typer.Option(help="Positions in one block of that pool.")] = DEFAULTS.block_size,
     threads: Annotated[int | None, typer.Option(help="CPU threads for torch. Default: torch's own choice.")] = None,
-    native: Annotated[bool, typer.Option(help="On a CPU: our own kernels, where a C compiler is at hand.")] = True,
+    native: Annotated[bool, typer.Option(help="Our own kernels, where they can be compiled.")] = True,
+    cuda_graphs: Annotated[bool, typer.Option(help="On CUDA: decode steps captured as graphs, where the model allows it.")] = True,
     engine_process: Annotated[
         bool, typer.Option(help="The engine in a process of its own: a crashed or stuck one is replaced while the server answers.")
     ] = os.name == "posix",
@@ -132,6 +133,7 @@ def serve(
         device=device,
         threads=threads,
         native=native,
+        cuda_graphs=cuda_graphs,
         max_batch=max_batch,
         max_waiting=max_waiting,
         max_calls=max_calls,

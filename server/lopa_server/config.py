@@ -60,7 +60,9 @@ class ServerConfig:
     threads: int | None = None
     """CPU threads for torch; None: torch's own choice."""
     native: bool = True
-    """On a CPU: our own kernels, compiled once with the machine's C compiler; torch alone where there is none."""
+    """Our own kernels, compiled on this machine: by its C compiler for a CPU, by Triton for CUDA. Where that fails, torch alone."""
+    cuda_graphs: bool = True
+    """On CUDA: decode steps captured as graphs, where the model allows it."""
     max_batch: int = 32
     """Generate requests in the batch at the same time."""
     max_waiting: int = 256

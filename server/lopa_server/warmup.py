@@ -21,6 +21,7 @@ async def load_engine(config: ServerConfig) -> ReplaceableEngine:
         device=config.device,
         threads=config.threads,
         native=config.native,
+        graphs=config.cuda_graphs,
         limits=SchedulerLimits(max_batch=config.max_batch, block_size=config.block_size, tenant_weights=config.tenant_weights()),
         step_positions=config.step_positions,
         kv_memory=None if config.kv_memory_mib is None else config.kv_memory_mib << 20,

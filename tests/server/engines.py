@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 def load(fm: Path, *, kv_positions: int = 1 << 15, **fields: Any) -> TorchEngine:
     """An engine of one thread. step_positions: small values make long prompts come in several pieces."""
-    names = ("max_waiting", "max_waiting_pairs", "dtype", "step_positions")
+    names = ("max_waiting", "max_waiting_pairs", "dtype", "device", "native", "graphs", "step_positions")
     engine_fields = {name: fields.pop(name) for name in names if name in fields}
     limits = SchedulerLimits(kv_positions=kv_positions, **fields)
     return TorchEngine.load(TorchEngineConfig(str(fm), threads=1, limits=limits, **engine_fields))

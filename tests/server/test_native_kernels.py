@@ -5,99 +5,34 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from lopa_server.engine.torch_engine.attention import Score
 from lopa_server.engine.torch_engine.engine import TorchEngine
 from lopa_server.engine.torch_engine.fused import Fusions
 from lopa_server.engine.torch_engine.kv_pool import KvPool
 from lopa_server.engine.torch_engine.loader import load_foundation_model
 from lopa_server.engine.torch_engine.native import build
-from lopa_server.engine.torch_engine.native.kernels import Kernels, PagedRows, Slots, find_kernels
+from lopa_server.engine.torch_engine.native.kernels import NativeKernels, find_native_kernels
+from lopa_server.engine.torch_engine.paging import HOST, PagedRows, Slots
 
+from tests.server.decoding_cases import CASES, Case, check_decoding
 from tests.server.engines import collect, load, run, stream
 from tests.tiny import build_tiny_fm
 
-KERNELS = find_kernels()
+KERNELS = find_native_kernels()
 needs_kernels = pytest.mark.skipif(KERNELS is None, reason="no C compiler here, or one without OpenMP")
-
-
-@dataclass(frozen=True)
-class Case:
-    """A pool with sequences in it, one of whose positions is new."""
-
-    ends: list[int]
-    kv_heads: int
-    group: int
-    width: int
-    block_size: int
-    dtype: torch.dtype
-    window: int
-    softcap: float | None
-    sinks: bool
-    seed: int
-
-
-CASES = st.builds(
-    Case,
-    ends=st.lists(st.one_of(st.integers(1, 20), st.integers(60, 200)), min_size=1, max_size=5),
-    kv_heads=st.integers(1, 3),
-    group=st.sampled_from([1, 2, 3, 8, 9]),
-    width=st.sampled_from([8, 16, 40, 64, 128, 256]),
-    block_size=st.sampled_from([1, 5, 8, 16]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    window=st.sampled_from([0, 1, 7, 64, 1000]),
-    softcap=st.sampled_from([None, 5.0]),
-    sinks=st.booleans(),
-    seed=st.integers(0, 1 << 16),
-)
-
-
-def _expected(case: Case, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
-    """(h, e) of one row over its own (k, l, e) keys and values, in double precision."""
-    keys, values = (tensor.double().repeat_interleave(case.group, dim=0) for tensor in (keys, values))
-    scores = torch.einsum("he,hle->hl", query.double(), keys) * case.width**-0.5
-    if case.softcap is not None:
-        scores = torch.tanh(scores / case.softcap) * case.softcap
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.double()[:, None]], dim=1)
-    return torch.einsum("hl,hle->he", torch.softmax(scores, dim=1)[:, : keys.shape[1]], values)
 
 
 @needs_kernels
 @settings(max_examples=60, deadline=None)
 @given(case=CASES)
 def test_decoding_agrees_with_plain_attention(case: Case) -> None:
-    rng = np.random.default_rng(case.seed)
-    size = max(-(-end // case.block_size) for end in case.ends)
-    blocks = 1 + size * len(case.ends)
-    tables = rng.permutation(np.arange(1, blocks))[: size * len(case.ends)].reshape(len(case.ends), size)
-    pool = KvPool(blocks - 1, case.block_size, KERNELS)
-    heads = case.kv_heads * case.group
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)).to(case.dtype)
-
-    sequences = [(draw(end, case.kv_heads, case.width).transpose(0, 1), draw(case.kv_heads, end, case.width)) for end in case.ends]
-    for table, end, (keys, values) in zip(tables, case.ends, sequences, strict=True):
-        place = np.arange(end)
-        slots = table[place // case.block_size] * case.block_size + place % case.block_size
-        pool.write(0, Slots(slots, pool.slots), keys, values)
-    query = draw(len(case.ends), heads, case.width).transpose(0, 1)
-    sinks = draw(heads).float() if case.sinks else None
-    rows = PagedRows(tables, np.array(case.ends), case.block_size, pool.blocks)
-    found = KERNELS.decode(pool.layer(0), rows, case.window, query, Score(case.width**-0.5, case.softcap, sinks))
-    tolerance = 1e-5 if case.dtype == torch.float32 else 0.02
-    for row, (end, (keys, values)) in enumerate(zip(case.ends, sequences, strict=True)):
-        first = max(0, end - case.window) if case.window else 0
-        expected = _expected(case, query[:, row], keys[:, first:], values[:, first:], sinks)
-        torch.testing.assert_close(found[row].double(), expected, atol=tolerance, rtol=tolerance)
+    check_decoding(KERNELS, case)
 
 
 @needs_kernels
@@ -157,21 +92,21 @@ def test_shapes_that_do_not_fit_the_pool_are_refused() -> None:
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty cache, and nothing remembered."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    find_kernels.cache_clear()
+    find_native_kernels.cache_clear()
     yield tmp_path / "lopa" / "kernels"
-    find_kernels.cache_clear()
+    find_native_kernels.cache_clear()
 
 
 @needs_kernels
 def test_compiled_once_and_into_a_folder_of_ones_own(fresh: Path) -> None:
-    Kernels(build.load_library())
+    NativeKernels(build.load_library())
     (library,) = fresh.iterdir()
     made = library.stat()
-    Kernels(build.load_library())
+    NativeKernels(build.load_library())
     assert (library.stat().st_ino, fresh.stat().st_mode & 0o777) == (made.st_ino, 0o700)
     library.unlink()
     fresh.chmod(0o777)
-    Kernels(build.load_library())
+    NativeKernels(build.load_library())
     assert not list(fresh.iterdir()), "what others may write to must not be loaded"
 
 
@@ -182,10 +117,10 @@ def test_without_a_compiler_torch_does_it_all(tiny_fm: Path, monkeypatch: pytest
 
     usual, fallbacks = run(load(tiny_fm), answer)
     assert (fallbacks > 0) == (KERNELS is None)
-    find_kernels.cache_clear()
+    find_native_kernels.cache_clear()
     monkeypatch.setenv("CC", "no-such-compiler")
     with caplog.at_level(logging.WARNING):
-        assert find_kernels() is None
+        assert find_native_kernels() is None
     assert "no-such-compiler" in caplog.text
     plain, fallbacks = run(load(tiny_fm), answer)
     assert plain == usual
@@ -254,7 +189,7 @@ def test_a_norm_that_computes_something_else_keeps_its_own_forward() -> None:
         def forward(self, rows: torch.Tensor) -> torch.Tensor:
             return rows * (self.weight + 2) / (rows.norm(dim=-1, keepdim=True) + self.eps)
 
-    assert len(Fusions(torch.nn.Sequential(OddRMSNorm()), KERNELS)) == 0
+    assert len(Fusions(torch.nn.Sequential(OddRMSNorm()), KERNELS.elementwise, HOST)) == 0
 
 
 @needs_kernels
@@ -268,4 +203,4 @@ def test_a_norm_that_takes_more_than_rows_keeps_its_own_forward() -> None:
         def forward(self, rows: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
             return rows * self.weight * gate
 
-    assert len(Fusions(torch.nn.Sequential(GatedRMSNorm()), KERNELS)) == 0
+    assert len(Fusions(torch.nn.Sequential(GatedRMSNorm()), KERNELS.elementwise, HOST)) == 0

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from lopa_server.engine.torch_engine import products
 from lopa_server.engine.torch_engine.attention import Score
 from lopa_server.engine.torch_engine.native.elementwise import WIDEST
-from lopa_server.engine.torch_engine.native.kernels import find_kernels
+from lopa_server.engine.torch_engine.native.kernels import find_native_kernels
 
-KERNELS = find_kernels()
+KERNELS = find_native_kernels()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason="no C compiler here, or one without OpenMP")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])

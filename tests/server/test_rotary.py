@@ -8,12 +8,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from lopa_server.engine.torch_engine.fused import TOLERANCE
-from lopa_server.engine.torch_engine.native.kernels import find_kernels
+from lopa_server.engine.torch_engine.native.kernels import find_native_kernels
+from lopa_server.engine.torch_engine.paging import HOST
 from lopa_server.engine.torch_engine.rotary import NAME, Rotations
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb as of_a_part
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as of_all
 
-KERNELS = find_kernels()
+KERNELS = find_native_kernels()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason="no C compiler here, or one without OpenMP")
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -41,7 +42,7 @@ def attention(function: Callable[..., Pair]) -> torch.nn.Module:
 
 
 def fused(function: Callable[..., Pair]) -> Callable[..., Pair] | None:
-    return Rotations(KERNELS.elementwise, TOLERANCE).forward(attention(function))
+    return Rotations(KERNELS.elementwise, HOST, TOLERANCE).forward(attention(function))
 
 
 def arrays(dtype: torch.dtype, heads: int, places: int, width: int, turns: int = 1) -> list[torch.Tensor]:
@@ -84,7 +85,7 @@ def test_a_part_of_each_row_and_turns_with_gradients_go_to_the_own_function() ->
 def test_a_function_that_computes_something_else_stays() -> None:
     assert fused(interleaved) is None
     assert fused(lambda q, k: (q, k)) is None
-    assert Rotations(KERNELS.elementwise, TOLERANCE).forward(torch.nn.Linear(2, 2)) is None
+    assert Rotations(KERNELS.elementwise, HOST, TOLERANCE).forward(torch.nn.Linear(2, 2)) is None
 
 
 def test_turns_that_do_not_go_with_the_rows_never_reach_the_kernel() -> None:

@@ -23,7 +23,7 @@ from transformers import AttentionInterface
 
 from lopa_server.engine.torch_engine.kv_pool import KvPool
 from lopa_server.engine.torch_engine.native.elementwise import Elementwise
-from lopa_server.engine.torch_engine.native.kernels import Kernels, PagedRows, Slots
+from lopa_server.engine.torch_engine.paging import Kernels, PagedRows, Slots
 from lopa_server.engine.torch_engine.products import KeysValues, attend, spans
 
 NAME = "lopa_paged"
@@ -224,7 +224,7 @@ def attention(
         KeyError: the model doesn't hand the step through to its attention.
     """
     step: PackedStep | PairsStep = others["paged_step"]
-    kernels = None if query.requires_grad or step.pool.kernels is None else step.pool.kernels.elementwise
+    kernels = None if query.requires_grad or step.pool.kernels is None else step.pool.kernels.prompts
     score = Score(query.shape[-1] ** -0.5 if scaling is None else scaling, others.get("softcap"), others.get("s_aux"), kernels)
     return step.attend(cast(int, module.layer_idx), query, key, value, score), None
 

@@ -25,7 +25,9 @@ class TorchEngineConfig:
     threads: int | None = None
     """CPU threads for torch. Default: torch's own choice."""
     native: bool = True
-    """Use our own kernels on a CPU, where they can be compiled."""
+    """Use our own kernels, where they can be compiled."""
+    graphs: bool = True
+    """On CUDA, capture decode steps as graphs."""
     limits: SchedulerLimits = field(default_factory=SchedulerLimits)
     step_positions: int | None = None
     """Sets limits.step_positions and limits.pair_positions. Default: STEP_POSITIONS and PAIR_POSITIONS of the device."""

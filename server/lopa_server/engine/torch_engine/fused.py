@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lopa_server.engine.torch_engine.native.elementwise import DTYPES, Elementwise
-from lopa_server.engine.torch_engine.native.kernels import Kernels
 from lopa_server.engine.torch_engine.packed import JointPart, PackedLinear
+from lopa_server.engine.torch_engine.paging import RowFunctions
 from lopa_server.engine.torch_engine.rotary import Rotations
+from lopa_server.engine.torch_engine.rows import DTYPES
 
 TRIAL_SCALES = (0.02, 1.0, 50.0)
 """Of the trial inputs: what a model's layers may meet."""
@@ -30,13 +30,14 @@ Forward = Callable[..., Any]
 class Fusions:
     """The modules of a model that have a fused forward, which can be switched off and on. For the one thread that uses the model."""
 
-    def __init__(self, model: nn.Module, kernels: Kernels | None) -> None:
+    def __init__(self, model: nn.Module, functions: RowFunctions | None, device: torch.device) -> None:
+        """functions: for this device, on which the model is."""
         self._forwards: dict[nn.Module, Forward] = {}
-        if kernels is None:
+        if functions is None:
             return
-        rotations = Rotations(kernels.elementwise, TOLERANCE)
+        rotations = Rotations(functions, device, TOLERANCE)
         for module in model.modules():
-            forward = _norm(module, kernels.elementwise) or _gated(module, kernels.elementwise) or rotations.forward(module)
+            forward = _norm(module, functions) or _gated(module, functions, device) or rotations.forward(module)
             if forward is not None:
                 self._forwards[module] = forward
         self.on()
@@ -54,47 +55,47 @@ class Fusions:
             del module.forward
 
 
-def _norm(module: nn.Module, kernels: Elementwise) -> Forward | None:
+def _norm(module: nn.Module, functions: RowFunctions) -> Forward | None:
     """A root-mean-square norm in one pass: Llama's kind scales by the weight, Gemma's by 1 + weight."""
     weight = getattr(module, "weight", None)
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not type(module).__name__.endswith("RMSNorm") or weight is None or weight.dim() != 1 or not isinstance(epsilon, float):
         return None
-    if weight.dtype not in DTYPES or weight.device.type != "cpu":
+    if weight.dtype not in DTYPES:
         return None
     own = module.forward
     for offset in (0.0, 1.0):
-        fused = functools.partial(_normalized, own, _Norm(kernels, module, epsilon, offset))
-        if _agree(own, fused, len(weight), weight.dtype):
+        fused = functools.partial(_normalized, own, _Norm(functions, module, epsilon, offset))
+        if _agree(own, fused, len(weight), weight.dtype, weight.device):
             return fused
     return None
 
 
-def _gated(module: Any, kernels: Elementwise) -> Forward | None:
+def _gated(module: Any, functions: RowFunctions, device: torch.device) -> Forward | None:
     """A feed-forward part with a gate, where the gate's SiLU and its product with the rest are one pass."""
     layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     activation = type(getattr(module, "act_fn", None)).__name__
     if not all(isinstance(layer, nn.Linear | PackedLinear | JointPart) for layer in layers) or activation not in ("SiLU", "SiLUActivation"):
         return None
-    fused = functools.partial(_through_gate, module, kernels)
+    fused = functools.partial(_through_gate, module, functions)
     dtype = next((tensor.dtype for tensor in module.parameters()), torch.bfloat16)  # packed layers have no parameters
-    return fused if dtype in DTYPES and _agree(module.forward, fused, module.gate_proj.in_features, dtype) else None
+    return fused if dtype in DTYPES and _agree(module.forward, fused, module.gate_proj.in_features, dtype, device) else None
 
 
 @dataclass(frozen=True)
 class _Norm:
-    """A module's norm as the kernels compute it."""
+    """A module's norm as our functions compute it."""
 
-    kernels: Elementwise
+    functions: RowFunctions
     module: Any
     epsilon: float
     offset: float
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.kernels.rms_norm(rows, self.module.weight, self.epsilon, self.offset)
+        return self.functions.rms_norm(rows, self.module.weight, self.epsilon, self.offset)
 
     def backward(self, flowing: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return self.kernels.rms_norm_backward(flowing, rows, self.module.weight, self.epsilon, self.offset)
+        return self.functions.rms_norm_backward(flowing, rows, self.module.weight, self.epsilon, self.offset)
 
 
 class _DifferentiatedNorm(torch.autograd.Function):
@@ -115,14 +116,14 @@ class _DifferentiatedGate(torch.autograd.Function):
     """SiLU of the gate, times up."""
 
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, kernels: Elementwise) -> torch.Tensor:
-        ctx.kernels = kernels
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, functions: RowFunctions) -> torch.Tensor:
+        ctx.functions = functions
         ctx.save_for_backward(gate, up)
-        return kernels.silu_mul(gate, up)
+        return functions.silu_mul(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        return (*ctx.kernels.silu_mul_backward(gradients[0], *ctx.saved_tensors), None)
+        return (*ctx.functions.silu_mul_backward(gradients[0], *ctx.saved_tensors), None)
 
 
 def _normalized(own: Forward, norm: _Norm, rows: torch.Tensor) -> torch.Tensor:
@@ -133,18 +134,18 @@ def _normalized(own: Forward, norm: _Norm, rows: torch.Tensor) -> torch.Tensor:
     return norm(rows)
 
 
-def _through_gate(module: Any, kernels: Elementwise, rows: torch.Tensor) -> torch.Tensor:
+def _through_gate(module: Any, functions: RowFunctions, rows: torch.Tensor) -> torch.Tensor:
     gate, up = module.gate_proj(rows), module.up_proj(rows)
     if gate.requires_grad and torch.is_grad_enabled():
-        return module.down_proj(_DifferentiatedGate.apply(gate, up, kernels))  # type: ignore[no-untyped-call]
-    return module.down_proj(kernels.silu_mul(gate, up))
+        return module.down_proj(_DifferentiatedGate.apply(gate, up, functions))  # type: ignore[no-untyped-call]
+    return module.down_proj(functions.silu_mul(gate, up))
 
 
-def _agree(own: Forward, fused: Forward, width: int, dtype: torch.dtype) -> bool:
+def _agree(own: Forward, fused: Forward, width: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Values and gradients on trial inputs, each relative to the largest of its row: sums of numbers that cancel are no more exact."""
     generator = torch.Generator().manual_seed(0)
-    rows, flowing = torch.randn(2, len(TRIAL_SCALES), 4, width, generator=generator).to(dtype).unbind()
-    rows = (rows * torch.tensor(TRIAL_SCALES, dtype=dtype)[:, None, None]).requires_grad_()
+    rows, flowing = torch.randn(2, len(TRIAL_SCALES), 4, width, generator=generator).to(device, dtype).unbind()
+    rows = (rows * torch.tensor(TRIAL_SCALES, dtype=dtype, device=device)[:, None, None]).requires_grad_()
     with torch.enable_grad():
         try:
             theirs = own(rows)

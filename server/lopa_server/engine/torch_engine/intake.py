@@ -19,7 +19,7 @@ from lopa_server.engine.torch_engine.constraints import Constraint, Grammars
 from lopa_server.engine.torch_engine.inbox import Abort, Stop
 from lopa_server.engine.torch_engine.live import LiveJob, LiveStream
 from lopa_server.engine.torch_engine.loader import FoundationModel, load_foundation_model, text_decoder
-from lopa_server.engine.torch_engine.selfcheck import check_runner, positions_that_fit
+from lopa_server.engine.torch_engine.selfcheck import check_model, positions_that_fit
 from lopa_server.engine.torch_engine.worker import Deliver, Worker
 
 log = logging.getLogger(__name__)
@@ -41,12 +41,13 @@ class Intake:
         """Load the model and check that it can be served exactly. Blocks; seconds to minutes.
 
         Raises:
-            ConfigError, FileNotFoundError, UnsupportedModel: see `load_foundation_model` and `check_runner`.
+            ConfigError, FileNotFoundError, UnsupportedModel: see `load_foundation_model` and `check_model`.
         """
         _set_threads(config.threads)
-        fm = load_foundation_model(config.fm, dtype=config.dtype, device=config.device, native=config.native)
+        fm = load_foundation_model(config.fm, dtype=config.dtype, device=config.device, native=config.native, graphs=config.graphs)
         size = config.limits.block_size
-        fitting = positions_that_fit(fm, check_runner(fm, size), config.kv_memory)
+        fm, bytes_per_position = check_model(fm, size)
+        fitting = positions_that_fit(fm, bytes_per_position, config.kv_memory)
         limits = dataclasses.replace(
             config.limits,
             kv_positions=max(blocks_for(fm.spec.context_length, size) * size, min(config.limits.kv_positions, fitting)),

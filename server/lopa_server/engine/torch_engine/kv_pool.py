@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from lopa_server.engine.torch_engine.native.kernels import Kernels, Slots
+from lopa_server.engine.torch_engine.paging import Kernels, KeysValues, Slots
 
 
 class KvPool:
@@ -25,7 +25,7 @@ class KvPool:
         """Block 0 included."""
         self.slots = self.blocks * block_size
         self.kernels = kernels
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._layers: dict[int, KeysValues] = {}
 
     @property
     def bytes_per_position(self) -> int:
@@ -39,26 +39,30 @@ class KvPool:
 
     def write(self, layer: int, slots: Slots, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Put (h, t, e) keys and values into t slots."""
-        held = self._layers.get(layer)
-        if held is None:
-            held = self._layers[layer] = (self._zeros(keys), self._zeros(values))
+        held = self.hold(layer, keys, values)
         if self.kernels is not None and self.kernels.fit(*held):
             self.kernels.write(held, slots, keys, values)
             return
-        numbers = torch.from_numpy(slots.numbers).to(keys.device)
-        held[0].index_copy_(1, numbers, keys)
-        held[1].index_copy_(1, numbers, values)
+        held[0].index_copy_(1, slots.tensor, keys)
+        held[1].index_copy_(1, slots.tensor, values)
 
-    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def hold(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> KeysValues:
+        """A layer's keys and values in place, allocated for such (h, t, e) ones if it hasn't been written."""
+        held = self._layers.get(layer)
+        if held is None:
+            held = self._layers[layer] = (self._zeros(keys), self._zeros(values))
+        return held
+
+    def layer(self, layer: int) -> KeysValues:
         """Keys and values of a layer that has been written, in place."""
         return self._layers[layer]
 
-    def read(self, layer: int, slots: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, layer: int, slots: torch.Tensor, rows: int) -> KeysValues:
         """Copies of the (rows * l,) slots' keys and values: (rows, h, l, e) each, views of (h, rows, l, e)."""
         keys, values = (held.index_select(1, slots).unflatten(1, (rows, -1)).transpose(0, 1) for held in self._layers[layer])
         return keys, values
 
-    def read_blocks(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def read_blocks(self, layer: int, blocks: torch.Tensor) -> KeysValues:
         """Copies of all that (n,) blocks hold: (h, n * block_size, e) keys and values. For full blocks only."""
         size = self.block_size
         keys, values = (held.unflatten(1, (-1, size)).index_select(1, blocks).flatten(1, 2) for held in self._layers[layer])

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from lopa_server.engine.content import Content
 from lopa_server.engine.torch_engine.attention import DecodingRows, Group
 from lopa_server.engine.torch_engine.kv_pool import KvPool
-from lopa_server.engine.torch_engine.native.kernels import Kernels, PagedRows
+from lopa_server.engine.torch_engine.paging import Kernels, PagedRows
 
 Int64 = NDArray[np.int64]
 SIMILAR_COUNT = 0.75
@@ -42,6 +42,12 @@ class Piece:
     @property
     def end(self) -> int:
         return self.start + self.count
+
+    @property
+    def soft(self) -> bool:
+        """Whether any of them is a soft row."""
+        low, high = self.content.soft_within(self.start, self.end)
+        return low < high
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ class LayoutMaker:
         starts = np.array([piece.start for piece in ordered])
         first = counts.cumsum() - counts
         positions = np.arange(counts.sum()) + np.repeat(starts - first, counts)
-        tables = self._tables([piece.table for piece in ordered])
+        tables = padded_tables([piece.table for piece in ordered])
         row = np.repeat(np.arange(len(ordered)), counts)
         write = tables[row, positions // self._block_size] * self._block_size + positions % self._block_size
         ids = np.concatenate([np.frombuffer(piece.content.ids, dtype=np.int64)[piece.start : piece.end] for piece in ordered])
@@ -95,7 +101,7 @@ class LayoutMaker:
         return Layout(order, ids, positions, write, first, groups)
 
     def _decoding(self, kernels: Kernels, pieces: Sequence[Piece], tables: Int64, first: Int64) -> DecodingRows:
-        rows = PagedRows(tables, np.array([piece.end for piece in pieces]), self._block_size, self._pool.blocks)
+        rows = PagedRows(tables, np.array([piece.end for piece in pieces]), self._block_size, self._pool.blocks, self._device)
         return DecodingRows(0, rows, kernels, lambda: self._groups(pieces, tables, first, [0] * len(pieces)))
 
     def _groups(self, pieces: Sequence[Piece], tables: Int64, first: Int64, fronts: Sequence[int]) -> list[Group]:
@@ -103,7 +109,7 @@ class LayoutMaker:
 
     def slots(self, tables: Sequence[Sequence[int]], ends: Sequence[int]) -> torch.Tensor:
         """(b * l,) slots of each table's positions up to its end, padded on the right with slot 0."""
-        return self._tensor(self._slots(self._tables(tables), np.array(ends)).ravel())
+        return self._tensor(self._slots(padded_tables(tables), np.array(ends)).ravel())
 
     def masks(self, query: Int64, key: Int64, readable: NDArray[np.bool_]) -> dict[int, torch.Tensor]:
         """Additive (b, 1, q, l) masks by window, 0 where a position may be read.
@@ -163,13 +169,6 @@ class LayoutMaker:
         enough = count * self._block_size >= SHARED_POSITIONS and not any(0 < window < end for window in self._windows)
         return count if enough and self._on_cpu else 0
 
-    def _tables(self, tables: Sequence[Sequence[int]]) -> Int64:
-        """(b, blocks) padded with block 0."""
-        padded = np.zeros((len(tables), max(map(len, tables))), dtype=np.int64)
-        for row, table in enumerate(tables):
-            padded[row, : len(table)] = table
-        return padded
-
     def _slots(self, tables: Int64, ends: Int64) -> Int64:
         place = np.arange(int(ends.max()))
         slots = tables[:, place // self._block_size] * self._block_size + place % self._block_size
@@ -181,6 +180,14 @@ class LayoutMaker:
 
     def _tensor(self, values: Int64) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device)
+
+
+def padded_tables(tables: Sequence[Sequence[int]]) -> Int64:
+    """(b, blocks) padded with block 0."""
+    padded = np.zeros((len(tables), max(map(len, tables))), dtype=np.int64)
+    for row, table in enumerate(tables):
+        padded[row, : len(table)] = table
+    return padded
 
 
 def _shape(piece: Piece, front: int) -> tuple[bool, bool, int, int, int]:

@@ -17,7 +17,9 @@ from lopa_server.engine.base import EngineSpec, UnsupportedModel
 from lopa_server.engine.text import Decode
 from lopa_server.engine.torch_engine import attention, packed
 from lopa_server.engine.torch_engine.fused import Fusions
-from lopa_server.engine.torch_engine.native.kernels import Kernels, find_kernels
+from lopa_server.engine.torch_engine.gpu import find_gpu_kernels
+from lopa_server.engine.torch_engine.native.kernels import find_native_kernels
+from lopa_server.engine.torch_engine.paging import Kernels
 from lopa_server.hub import resolve_folder
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -42,9 +44,11 @@ class FoundationModel:
     own_attention: str
     """The attention that transformers chose; ours has taken its place."""
     kernels: Kernels | None = None
-    """Ours for this processor; None: torch does everything."""
+    """Ours for this device; None: torch does everything."""
     fusions: Fusions | None = None
     """The modules that compute by them."""
+    graphs: bool = False
+    """Whether decode steps may be captured as CUDA graphs."""
     passes: list[Change] = field(default_factory=list)
     """What the passes under way hand to the output head: several while one pauses for another."""
 
@@ -104,10 +108,12 @@ class FoundationModel:
                 self.fusions.on()
 
 
-def load_foundation_model(fm: str | Path, *, dtype: str | None = None, device: str | None = None, native: bool = True) -> FoundationModel:
+def load_foundation_model(
+    fm: str | Path, *, dtype: str | None = None, device: str | None = None, native: bool = True, graphs: bool = True
+) -> FoundationModel:
     """Load weights and tokenizer. Defaults: CUDA where there is one; bfloat16 on CUDA, float32 on the CPU.
 
-    native: use our own kernels on a CPU if they can be had.
+    native: use our own kernels if they can be had. graphs: and on CUDA capture decode steps.
 
     Raises:
         ConfigError: no such device here.
@@ -132,6 +138,8 @@ def load_foundation_model(fm: str | Path, *, dtype: str | None = None, device: s
         raise UnsupportedModel(f"{model.config.model_type}: it has no output head of its own")
     if packed.can_pack(place, DTYPES[name]):
         packed.pack_linears(model)
+    elif place.type == "cuda":
+        packed.join_linears(model)
     attention.register()
     own_attention = model.config._attn_implementation
     try:
@@ -139,9 +147,10 @@ def load_foundation_model(fm: str | Path, *, dtype: str | None = None, device: s
     except ValueError as error:
         raise UnsupportedModel(f"{model.config.model_type}: its attention can't be replaced: {error}") from error
     spec = _spec(str(fm), folder, model, tokenizer, name)
-    kernels = find_kernels() if native and place.type == "cpu" else None
-    fused = Fusions(model, kernels)
-    return FoundationModel(model, tokenizer, spec, place, DTYPES[name], _windows(model.config), own_attention, kernels, fusions=fused)
+    kernels = _find_kernels(place) if native else None
+    fused = Fusions(model, None if kernels is None else kernels.elementwise, place)
+    windows, captured = _windows(model.config), graphs and kernels is not None and place.type == "cuda"
+    return FoundationModel(model, tokenizer, spec, place, DTYPES[name], windows, own_attention, kernels, fused, captured)
 
 
 def text_decoder(tokenizer: Any) -> Decode:
@@ -167,7 +176,13 @@ def _place(device: str | None) -> torch.device:
         raise ConfigError(f"device is {device!r}, but torch finds no CUDA on this machine: use cpu")
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device is {device!r}, but this machine has {torch.cuda.device_count()} CUDA devices; the first is cuda:0")
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
     return place
+
+
+def _find_kernels(place: torch.device) -> Kernels | None:
+    return find_gpu_kernels(place) if place.type == "cuda" else find_native_kernels()
 
 
 def _spec(fm: str, folder: Path, model: Any, tokenizer: Any, dtype: str) -> EngineSpec:

@@ -10,7 +10,7 @@ Layers that read the same rows, such as an attention's queries, keys and values,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ ROWS_HINT = 32
 """What the layout is chosen for; others are served as well."""
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of layers that read the same rows, in the order in which models ask them: in another order they are right too, but slow."""
+Make = Callable[[nn.Linear], nn.Module]
 
 
 class PackedLinear(nn.Module):
@@ -46,12 +47,13 @@ class PackedLinear(nn.Module):
 class JointLinears:
     """One product in the place of several of a parent's layers. For one thread, as the whole model."""
 
-    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+    def __init__(self, linears: Sequence[nn.Linear], make: Make) -> None:
+        """make: what computes their product."""
         biases = [linear.bias for linear in linears]
         joint = nn.Linear(linears[0].in_features, sum(linear.out_features for linear in linears), bias=False)
         joint.weight = nn.Parameter(torch.cat([linear.weight.detach() for linear in linears]), requires_grad=False)
         joint.bias = None if biases[0] is None else nn.Parameter(torch.cat([bias.detach() for bias in biases]), requires_grad=False)
-        self._product = PackedLinear(joint)
+        self._product: Any = make(joint)
         self._sizes = [linear.out_features for linear in linears]
         self._rows: torch.Tensor | None = None
         self._left: dict[int, torch.Tensor] = {}
@@ -118,20 +120,26 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 def pack_linears(model: nn.Module) -> int:
     """Put a packed layer in the place of every nn.Linear, the output head included. How many there were."""
     count = sum(type(module) is nn.Linear for module in model.modules())
+    join_linears(model, PackedLinear)
     for parent in list(model.modules()):
-        for names in SIBLINGS:
-            _join(parent, names)
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
                 setattr(parent, name, PackedLinear(child))
     return count
 
 
-def _join(parent: nn.Module, names: Sequence[str]) -> None:
+def join_linears(model: nn.Module, make: Make = lambda linear: linear) -> None:
+    """Put one product in the place of layers that read the same rows. make: of the joint layer what computes it."""
+    for parent in list(model.modules()):
+        for names in SIBLINGS:
+            _join(parent, names, make)
+
+
+def _join(parent: nn.Module, names: Sequence[str], make: Make) -> None:
     linears = [getattr(parent, name, None) for name in names]
     found = [linear for linear in linears if type(linear) is nn.Linear]
     if len(found) < len(names) or len({(linear.in_features, linear.bias is None) for linear in found}) > 1:
         return
-    joint = JointLinears(found)
+    joint = JointLinears(found, make)
     for index, (name, linear) in enumerate(zip(names, found, strict=True)):
         setattr(parent, name, JointPart(joint, index, linear))

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lopa_server.engine.torch_engine.native.elementwise import DTYPES, Elementwise
+from lopa_server.engine.torch_engine.paging import RowFunctions
+from lopa_server.engine.torch_engine.rows import DTYPES
 
 NAME = "apply_rotary_pos_emb"
 """Of the function, in all of transformers' models that have one: (queries, keys, cosine, sine) to (queries, keys)."""
@@ -27,9 +28,9 @@ Rotate = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 class Rotations:
     """Makes forwards of attentions, for one model."""
 
-    def __init__(self, kernels: Elementwise, tolerance: dict[torch.dtype, float]) -> None:
-        """tolerance: by dtype, relative to a row's largest number."""
-        self._kernels, self._tolerance = kernels, tolerance
+    def __init__(self, functions: RowFunctions, device: torch.device, tolerance: dict[torch.dtype, float]) -> None:
+        """functions: for this device. tolerance: by dtype, relative to a row's largest number."""
+        self._functions, self._device, self._tolerance = functions, device, tolerance
         self._names: dict[Any, dict[str, Any] | None] = {}
         """By function of transformers: what its module's names mean with ours in its place, or None where that differs."""
 
@@ -40,7 +41,7 @@ class Rotations:
         if not isinstance(code, types.FunctionType) or own is None or NAME not in code.__code__.co_names:
             return None
         if own not in self._names:
-            fused = functools.partial(_rotated, own, self._kernels)
+            fused = functools.partial(_rotated, own, self._functions)
             self._names[own] = {**code.__globals__, NAME: fused} if self._agree(own, fused) else None
         names = self._names[own]
         if names is None:
@@ -52,8 +53,8 @@ class Rotations:
     def _agree(self, own: Rotate, fused: Rotate) -> bool:
         for dtype in DTYPES:
             generator = torch.Generator().manual_seed(0)
-            query, key, *flowing = torch.randn(4, *TRIAL, generator=generator).to(dtype).unbind()
-            turns = torch.randn(2, TRIAL[0], *TRIAL[2:], generator=generator).to(dtype).unbind()
+            query, key, *flowing = torch.randn(4, *TRIAL, generator=generator).to(self._device, dtype).unbind()
+            turns = torch.randn(2, TRIAL[0], *TRIAL[2:], generator=generator).to(self._device, dtype).unbind()
             try:
                 pairs = zip(*(_with_gradients(rotate, (query, key), turns, flowing) for rotate in (own, fused)), strict=True)
             except (TypeError, RuntimeError, ValueError):
@@ -70,25 +71,25 @@ class _DifferentiatedTurn(torch.autograd.Function):
     """Rows turned by their positions, with a gradient for the rows."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, kernels: Elementwise) -> torch.Tensor:
-        ctx.kernels = kernels
+    def forward(ctx: Any, rows: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, functions: RowFunctions) -> torch.Tensor:
+        ctx.functions = functions
         ctx.save_for_backward(cosine, sine)
-        return kernels.rotate(rows, cosine, sine)
+        return functions.rotate(rows, cosine, sine)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return ctx.kernels.rotate(gradients[0], *ctx.saved_tensors, back=True), None, None, None
+        return ctx.functions.rotate(gradients[0], *ctx.saved_tensors, back=True), None, None, None
 
 
-def _rotated(own: Rotate, kernels: Elementwise, *arrays: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _rotated(own: Rotate, functions: RowFunctions, *arrays: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """As `own`, which does what we don't: other arguments, a rotation of a part of each row, turns that want a gradient."""
     if options or len(arrays) != 4 or not _fit(*arrays):
         return own(*arrays, **options)
     query, key, cosine, sine = arrays
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
-        query, key = (_DifferentiatedTurn.apply(rows, cosine, sine, kernels) for rows in (query, key))  # type: ignore[no-untyped-call]
+        query, key = (_DifferentiatedTurn.apply(rows, cosine, sine, functions) for rows in (query, key))  # type: ignore[no-untyped-call]
         return query, key
-    return kernels.rotate(query, cosine, sine), kernels.rotate(key, cosine, sine)
+    return functions.rotate(query, cosine, sine), functions.rotate(key, cosine, sine)
 
 
 def _fit(query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> bool:

@@ -5,7 +5,10 @@ Legend: t positions in a step, d hidden size, v vocabulary.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,7 +16,12 @@ from lopa_server.engine.torch_engine.attention import PackedStep
 from lopa_server.engine.torch_engine.kv_pool import KvPool
 from lopa_server.engine.torch_engine.layout import Layout, LayoutMaker, Piece
 from lopa_server.engine.torch_engine.loader import FoundationModel
-from lopa_server.engine.torch_engine.native.kernels import Slots
+from lopa_server.engine.torch_engine.paging import Slots
+
+if TYPE_CHECKING:
+    from lopa_server.engine.torch_engine.gpu.graphs import DecodeGraphs
+
+log = logging.getLogger(__name__)
 
 
 class ModelRunner:
@@ -23,16 +31,34 @@ class ModelRunner:
         self._fm = fm
         self.pool = KvPool(blocks, block_size, fm.kernels)
         self.fallbacks = 0
-        """Steps on a CPU whose decoding rows torch computed, for want of kernels that fit."""
+        """Steps whose decoding rows torch computed, for want of kernels that fit."""
+        self.graphs: DecodeGraphs | None = None
         self.layouts = LayoutMaker(self.pool, fm.windows, fm.device, fm.dtype)
+
+    def capture(self, rows: int) -> None:
+        """Capture decode steps of up to so many rows, where the device and the model can; allocates the pool."""
+        if not self._fm.graphs:
+            return
+        from lopa_server.engine.torch_engine.gpu.graphs import Capture, DecodeGraphs
+
+        began = time.perf_counter()
+        try:
+            self.graphs = DecodeGraphs(self._fm, self.pool, rows, Capture(self._fm.device))
+        except Exception as error:  # CUDA and the model's code raise what they like
+            log.warning("decoding without CUDA graphs, which is slower: %s", error)
+            return
+        log.info("captured %d decode steps in %.1f s", len(self.graphs), time.perf_counter() - began)
 
     @torch.inference_mode()
     def step(self, pieces: Sequence[Piece], wanted: Sequence[int]) -> torch.Tensor:
         """Compute all pieces. The logits after the last positions of the `wanted` ones, in that order: (n, v) float32."""
+        if self.graphs is not None and self.graphs.hold(pieces):
+            logits = self.graphs.step(pieces)
+            return logits if list(wanted) == list(range(len(pieces))) else logits[list(wanted)]
         fm, layout = self._fm, self.layouts.pack(pieces)
         place = {piece: packed for packed, piece in enumerate(layout.order)}
         ends = [int(layout.first[place[index]]) + pieces[index].count - 1 for index in wanted]
-        step = PackedStep(self.pool, fm.windows, Slots(layout.write, self.pool.slots), layout.groups)
+        step = PackedStep(self.pool, fm.windows, Slots(layout.write, self.pool.slots, fm.device), layout.groups)
         logits = fm.logits_at(
             torch.tensor(ends, dtype=torch.int64, device=fm.device),
             inputs_embeds=self._embed(pieces, layout)[None],
@@ -41,7 +67,7 @@ class ModelRunner:
             paged_step=step,
         )
         decodes = any(piece.count == 1 for piece in pieces)
-        self.fallbacks += decodes and fm.device.type == "cpu" and not self.pool.native
+        self.fallbacks += decodes and not self.pool.native
         return logits
 
     def _embed(self, pieces: Sequence[Piece], layout: Layout) -> torch.Tensor:

@@ -6,6 +6,8 @@ positions by itself or mixes rows would answer plausibly and wrongly; here it is
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +21,8 @@ from lopa_server.engine.torch_engine.layout import Piece
 from lopa_server.engine.torch_engine.loader import FoundationModel
 from lopa_server.engine.torch_engine.runner import ModelRunner
 
+log = logging.getLogger(__name__)
+
 ROWS = 2
 DECODED = 3
 LONGEST_WINDOW = 512
@@ -29,6 +33,22 @@ FREE_PART = 0.4
 """Of the free memory, for the pool, unless it is set."""
 CPU_BYTES = 4 << 30
 """And at most so much on a CPU, whose memory others need too."""
+
+
+def check_model(fm: FoundationModel, block_size: int) -> tuple[FoundationModel, int]:
+    """As `check_runner`. The model as it is to be served: without CUDA graphs where only these spoil it.
+
+    Raises:
+        UnsupportedModel: the logits differ, so this architecture can't be batched by this engine.
+    """
+    try:
+        return fm, check_runner(fm, block_size)
+    except UnsupportedModel as error:
+        if not fm.graphs:
+            raise
+        log.warning("decoding without CUDA graphs, which is slower: %s", error)
+        fm = dataclasses.replace(fm, graphs=False)
+        return fm, check_runner(fm, block_size)
 
 
 def check_runner(fm: FoundationModel, block_size: int) -> int:
@@ -91,6 +111,7 @@ def _paged(fm: FoundationModel, inputs: Sequence[InputSequence], block_size: int
     size = blocks_for(max(map(len, contents)), block_size)
     tables = [range(1 + row * size, 1 + (row + 1) * size) for row in range(len(contents))]
     runner = ModelRunner(fm, len(contents) * size, block_size)
+    runner.capture(len(contents))
     last: dict[int, torch.Tensor] = {}
     done = [0] * len(contents)
     while len(last) < len(contents):
@@ -101,7 +122,7 @@ def _paged(fm: FoundationModel, inputs: Sequence[InputSequence], block_size: int
         for row, count, values in zip(rows, counts, logits, strict=True):
             done[row] += count
             if done[row] == len(contents[row]):
-                last[row] = values
+                last[row] = values.clone()  # a captured step overwrites it
     return [last[row] for row in range(len(contents))], runner.pool.bytes_per_position
 
 

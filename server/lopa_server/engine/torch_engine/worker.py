@@ -82,6 +82,11 @@ class Worker:
         """As of the last step. An immutable value, since this is called from other threads."""
         return self._stats
 
+    @property
+    def captured(self) -> int:
+        """Decode steps that were captured as CUDA graphs."""
+        return len(self._runner.graphs or ())
+
     def _publish(self) -> None:
         scheduler, blocks = self._scheduler, self._scheduler.blocks
         self._stats = EngineStats(
@@ -103,12 +108,18 @@ class Worker:
 
     def _run(self) -> None:
         try:
-            self._set_up_threads()
+            self._set_up()
             self._work()
         except Exception:
             log.critical("the engine thread died", exc_info=True)
         finally:
             self._give_up()
+
+    def _set_up(self) -> None:
+        self._set_up_threads()
+        if self._fm.device.type == "cuda":
+            torch.cuda.set_device(self._fm.device)  # each thread has its own present device, and kernels start there
+        self._runner.capture(self._limits.max_batch)
 
     def _give_up(self) -> None:
         """Tell everybody who still waits that there will be no answer."""

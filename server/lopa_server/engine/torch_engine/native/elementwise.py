@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-DTYPES = (torch.float32, torch.bfloat16)
+from lopa_server.engine.torch_engine.rows import DTYPES, check_alike, check_turns, check_weight, shape_of
 
-
+DEVICE = "cpu"
 WIDEST = 8192
 """As in elementwise.c: positions that a softmax spans at most."""
 
@@ -41,9 +41,9 @@ class Elementwise:
     def rms_norm(self, rows: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> torch.Tensor:
         """Rows over the root of their mean square, times offset + weight, (d,)."""
         (rows,) = _alike(rows)
-        _check_weight(weight, rows)
+        check_weight(DEVICE, weight, rows)
         out = torch.empty_like(rows)
-        self._rms_norm(*_places(out, rows, weight), *_shape(rows), epsilon, offset, rows.dtype == torch.bfloat16)
+        self._rms_norm(*_places(out, rows, weight), *shape_of(rows), epsilon, offset, rows.dtype == torch.bfloat16)
         return out
 
     def rms_norm_backward(
@@ -51,25 +51,25 @@ class Elementwise:
     ) -> torch.Tensor:
         """The gradient of the rows, from that of their norm."""
         flowing, rows = _alike(flowing, rows)
-        _check_weight(weight, rows)
+        check_weight(DEVICE, weight, rows)
         out = torch.empty_like(rows)
-        self._rms_norm_backward(*_places(out, flowing, rows, weight), *_shape(rows), epsilon, offset, rows.dtype == torch.bfloat16)
+        self._rms_norm_backward(*_places(out, flowing, rows, weight), *shape_of(rows), epsilon, offset, rows.dtype == torch.bfloat16)
         return out
 
     def silu_mul(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """SiLU of the gate, times up."""
-        _check_alike(gate, up)
+        check_alike(DEVICE, gate, up)
         gate, up = _rows(gate), _rows(up)
         out = torch.empty(gate.shape, dtype=gate.dtype)
         strides = gate.stride(-2) if gate.dim() > 1 else 0, up.stride(-2) if up.dim() > 1 else 0
-        self._silu_mul(*_places(out, gate, up), *_shape(gate), *strides, gate.dtype == torch.bfloat16)
+        self._silu_mul(*_places(out, gate, up), *shape_of(gate), *strides, gate.dtype == torch.bfloat16)
         return out
 
     def silu_mul_backward(self, flowing: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradients of gate and up, from that of `silu_mul`."""
         flowing, gate, up = _alike(flowing, gate, up)
         of_gate, of_up = torch.empty_like(gate), torch.empty_like(gate)
-        self._silu_mul_backward(*_places(of_gate, of_up, flowing, gate, up), *_shape(gate), gate.dtype == torch.bfloat16)
+        self._silu_mul_backward(*_places(of_gate, of_up, flowing, gate, up), *shape_of(gate), gate.dtype == torch.bfloat16)
         return of_gate, of_up
 
     def rotate(self, rows: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, *, back: bool = False) -> torch.Tensor:
@@ -77,13 +77,8 @@ class Elementwise:
 
         cosine, sine: (b or 1, t, e), one after the other.
         """
+        check_turns(DEVICE, rows, cosine, sine)
         batches, heads, places, width = rows.shape
-        shape = (1 if len(cosine) == 1 else batches, places, width)
-        for array in (rows, cosine, sine):
-            if array.dtype != rows.dtype or array.dtype not in DTYPES or array.device.type != "cpu":
-                raise IndexError(f"{rows.dtype} rows with turns {array.dtype}")
-        if width % 2 or not cosine.shape == sine.shape == shape or not (cosine.is_contiguous() and sine.is_contiguous()):
-            raise IndexError(f"{tuple(rows.shape)} rows with turns {tuple(cosine.shape)} and {tuple(sine.shape)}")
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
         out = torch.empty_like(rows)
         turn = 0 if len(cosine) == 1 else places * width
@@ -97,10 +92,10 @@ class Elementwise:
 
         mask: additive (b or 1, 1, queries, l) for the own scores; None: there every query reads one more than the last, the first one 1.
         """
-        rows, own = _shape(scores)
+        rows, own = shape_of(scores)
         front = 0 if shared is None else shared.shape[-1]
         for array in (scores,) if shared is None else (scores, shared):
-            if array.dtype != scores.dtype or array.dtype not in DTYPES or array.device.type != "cpu" or not array.is_contiguous():
+            if array.dtype != scores.dtype or array.dtype not in DTYPES or array.device.type != DEVICE or not array.is_contiguous():
                 raise IndexError(f"softmax of {array.dtype} {tuple(array.shape)}, beside {scores.dtype}")
         if own + front > WIDEST or not own or (shared is not None and shared.numel() != rows * front):
             raise IndexError(f"softmax over {own} and {front} scores of {rows} rows")
@@ -109,7 +104,7 @@ class Elementwise:
         masks, place = (1, None) if mask is None else (len(mask), mask.data_ptr())
         if mask is not None and (mask.shape != (masks, 1, queries, own) or not masks or not mask.is_contiguous()):
             raise IndexError(f"mask {tuple(mask.shape)} for {queries} queries over {own}")
-        if mask is not None and (mask.dtype != scores.dtype or mask.device.type != "cpu"):
+        if mask is not None and (mask.dtype != scores.dtype or mask.device.type != DEVICE):
             raise IndexError(f"mask {mask.dtype} for scores {scores.dtype}")
         call = _Scores(rows, front, own, queries, masks, scaling)
         before = None if shared is None else shared.data_ptr()
@@ -123,16 +118,9 @@ def _function(function: Any, arrays: int, numbers: Sequence[Any]) -> Any:
     return function
 
 
-def _check_alike(*arrays: torch.Tensor) -> None:
-    first = arrays[0]
-    for array in arrays:
-        if array.shape != first.shape or array.dtype != first.dtype or array.dtype not in DTYPES or array.device.type != "cpu":
-            raise IndexError(f"{array.dtype} {tuple(array.shape)} beside {first.dtype} {tuple(first.shape)}")
-
-
 def _alike(*arrays: torch.Tensor) -> list[torch.Tensor]:
     """With the numbers side by side."""
-    _check_alike(*arrays)
+    check_alike(DEVICE, *arrays)
     return [array.contiguous() for array in arrays]
 
 
@@ -144,16 +132,5 @@ def _rows(array: torch.Tensor) -> torch.Tensor:
     return array if apart else array.contiguous()
 
 
-def _check_weight(weight: torch.Tensor, rows: torch.Tensor) -> None:
-    if weight.shape != rows.shape[-1:] or weight.dtype != rows.dtype or not weight.is_contiguous() or weight.device.type != "cpu":
-        raise IndexError(f"norm of {rows.dtype} {tuple(rows.shape)} with a weight {weight.dtype} {tuple(weight.shape)}")
-
-
 def _places(*arrays: torch.Tensor) -> list[int]:
     return [array.data_ptr() for array in arrays]
-
-
-def _shape(rows: torch.Tensor) -> tuple[int, int]:
-    """n and d."""
-    width = rows.shape[-1]
-    return rows.numel() // max(1, width), width

@@ -8,15 +8,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from lopa_server.engine.torch_engine.native.build import NotAvailable, load_library
-from lopa_server.engine.torch_engine.native.elementwise import DTYPES, Elementwise
+from lopa_server.engine.torch_engine.native.elementwise import Elementwise
+from lopa_server.engine.torch_engine.paging import KeysValues, PagedRows, Slots
+from lopa_server.engine.torch_engine.rows import DTYPES
 
 if TYPE_CHECKING:
     from lopa_server.engine.torch_engine.attention import Score
@@ -57,64 +56,15 @@ class _Decode(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True)
-class Slots:
-    """Where t new positions go in a pool of so many slots."""
-
-    numbers: NDArray[np.int64]
-    """(t,)."""
-    total: int
-
-    def __post_init__(self) -> None:
-        """Raises IndexError for a slot that the pool doesn't have."""
-        numbers = self.numbers
-        if numbers.dtype != np.int64 or numbers.ndim != 1 or not numbers.flags.c_contiguous:
-            raise IndexError(f"slots {numbers.dtype} {numbers.shape}")
-        if numbers.min(initial=0) < 0 or numbers.max(initial=0) >= self.total:
-            raise IndexError(f"a slot is outside of 0..{self.total - 1}")
-
-
-@dataclass(frozen=True)
-class PagedRows:
-    """Where n rows that decode read: each position before the row's end, through the row's block table."""
-
-    tables: NDArray[np.int64]
-    """(n, blocks) block numbers; anything behind a row's last block."""
-    ends: NDArray[np.int64]
-    """(n,) positions of each, the new one included."""
-    block_size: int
-    blocks: int
-    """Of the pool, block 0 included."""
-
-    def __post_init__(self) -> None:
-        """Raises IndexError for a table that leads out of the pool, or ends before its row does."""
-        tables, ends = self.tables, self.ends
-        if tables.dtype != np.int64 or ends.dtype != np.int64 or not tables.flags.c_contiguous or tables.shape[:1] != ends.shape:
-            raise IndexError(f"block tables {tables.dtype} {tables.shape} don't go with ends {ends.dtype} {ends.shape}")
-        if tables.min(initial=0) < 0 or tables.max(initial=0) >= self.blocks:
-            raise IndexError(f"a block table names a block outside of 0..{self.blocks - 1}")
-        if ends.min(initial=1) < 1 or ends.max(initial=1) > tables.shape[1] * self.block_size:
-            raise IndexError(f"a row ends outside of its block table: 1..{tables.shape[1] * self.block_size}")
-
-    @functools.cached_property
-    def whole(self) -> NDArray[np.int64]:
-        """(n,) where each row's reading begins under full attention."""
-        return np.zeros_like(self.ends)
-
-    def begins(self, window: int) -> NDArray[np.int64]:
-        """(n,) where each row's reading begins. window: 0 for full attention."""
-        return np.maximum(self.ends - window, 0) if window else self.whole
-
-
-class Kernels:
-    """The library's functions. Calls let go of the interpreter's lock and run on torch's threads."""
+class NativeKernels:
+    """The library's functions, for a pool on the CPU. Calls let go of the interpreter's lock and run on torch's threads."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._decode, self._write = library.lopa_decode, library.lopa_write
         self._decode.argtypes = [ctypes.POINTER(_Decode), ctypes.POINTER(_Pool)]
         self._write.argtypes = [ctypes.POINTER(_Pool), ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 4]
         self._decode.restype = self._write.restype = None
-        self.elementwise = Elementwise(library)
+        self.elementwise = self.prompts = Elementwise(library)
 
     @staticmethod
     def fit(keys: torch.Tensor, values: torch.Tensor) -> bool:
@@ -122,7 +72,7 @@ class Kernels:
         width = keys.shape[-1]
         return keys.shape == values.shape and width % LANES == 0 and 0 < width <= MAX_WIDTH and keys.dtype == values.dtype in DTYPES
 
-    def write(self, pool: tuple[torch.Tensor, torch.Tensor], slots: Slots, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def write(self, pool: KeysValues, slots: Slots, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Put (k, t, e) keys and values into the slots of a pool that fits.
 
         Raises:
@@ -136,9 +86,7 @@ class Kernels:
         strides = [(ctypes.c_int64 * 2)(*tensor.stride()[:2]) for tensor in (keys, values)]
         self._write(_pool(pool), slots.numbers.ctypes.data, count, keys.data_ptr(), strides[0], values.data_ptr(), strides[1])
 
-    def decode(
-        self, pool: tuple[torch.Tensor, torch.Tensor], rows: PagedRows, window: int, query: torch.Tensor, score: Score
-    ) -> torch.Tensor:
+    def decode(self, pool: KeysValues, rows: PagedRows, window: int, query: torch.Tensor, score: Score) -> torch.Tensor:
         """(h, n, e) queries, one position a row, to (n, h, e). score: what the model does to its scores.
 
         Raises:
@@ -176,16 +124,16 @@ class Kernels:
 
 
 @functools.cache
-def find_kernels() -> Kernels | None:
+def find_native_kernels() -> NativeKernels | None:
     """The kernels, or None where they can't be had; the log says why."""
     try:
-        return Kernels(load_library())
+        return NativeKernels(load_library())
     except NotAvailable as error:
         log.warning("decoding without CPU kernels, which is slower: %s", error)
         return None
 
 
-def _pool(pool: tuple[torch.Tensor, torch.Tensor]) -> _Pool:
+def _pool(pool: KeysValues) -> _Pool:
     keys, values = pool
     heads, slots, width = keys.shape
     return _Pool(keys.data_ptr(), values.data_ptr(), heads, slots, width, keys.dtype == torch.bfloat16)
