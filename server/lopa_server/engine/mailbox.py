@@ -22,6 +22,8 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._after: Event | None = None
+        """What came behind deltas that were handed out as one, and isn't one."""
 
     def put(self, event: Event) -> None:
         self._events.put_nowait(event)
@@ -32,9 +34,13 @@ class Mailbox:
         Raises:
             EngineError: what the engine reported instead.
         """
-        delta = _of_kind(Delta, await self._events.get())
+        delta = _of_kind(Delta, self._after or await self._events.get())
         while delta.finish is None and not self._events.empty():
-            delta = _joined(delta, _of_kind(Delta, self._events.get_nowait()))
+            event = self._events.get_nowait()
+            if not isinstance(event, Delta):
+                self._after = event
+                break
+            delta = _joined(delta, event)
         return delta
 
     async def results(self) -> list[PairResult]:

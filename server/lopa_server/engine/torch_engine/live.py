@@ -47,8 +47,13 @@ class LiveStream:
         content = Content(scope.root(request.cache_salt), request.input, block_size)
         return SequenceState(request.id, content, request.tenant, request.sampling.max_tokens)
 
-    def accept(self, choice: Choice) -> Delta:
-        """Take a new token in; what the client is told about it.
+    @property
+    def ends_by_text(self) -> bool:
+        """Its end may depend on what its tokens spell."""
+        return bool(self.request.sampling.stop)
+
+    def take(self, choice: Choice) -> Finish | None:
+        """Count a new token. Why it is the last one, as far as its text doesn't say so; None: others follow.
 
         Raises:
             EngineError: there is no token.
@@ -56,21 +61,29 @@ class LiveStream:
         if choice.error is not None:
             raise choice.error
         self.generated += 1
-        text, finish = "", None
-        if choice.token_id in self._end_ids:
-            finish = Finish.END
-        else:
-            text = self._text.push(choice.token_id)
-            if not self._text.stopped and self.generated >= self.request.sampling.max_tokens:
-                finish = Finish.LENGTH
-        if choice.complete and not self._text.stopped:
-            finish = Finish.END
-        if finish is not None:
+        if choice.complete or choice.token_id in self._end_ids:
+            return Finish.END
+        return Finish.LENGTH if self.generated >= self.request.sampling.max_tokens else None
+
+    def tell(self, choice: Choice, finish: Finish | None) -> Delta:
+        """What the client is told about a token. finish: as `take` said; tokens are told in their order."""
+        text = "" if choice.token_id in self._end_ids else self._text.push(choice.token_id)
+        if finish is not None and not self._text.stopped:
             text += self._text.finish()
         if self._text.stopped:
             finish = Finish.STOP
         logprobs = () if choice.logprobs is None else (choice.logprobs,)
         return Delta(text, (choice.token_id,), logprobs, finish)
+
+
+@dataclasses.dataclass(frozen=True)
+class Untold:
+    """A token that counts, and of which the client doesn't know yet."""
+
+    stream: LiveStream
+    choice: Choice
+    finish: Finish | None
+    """As `LiveStream.take` said."""
 
 
 @dataclasses.dataclass

@@ -15,7 +15,7 @@ from typing import TypeAlias, TypeVar
 
 import torch
 
-from lopa_server.engine.base import EngineError, EngineFailed, EngineStats, EngineStopped
+from lopa_server.engine.base import EngineError, EngineFailed, EngineStats, EngineStopped, Finish
 from lopa_server.engine.content import CacheScope
 from lopa_server.engine.mailbox import Event, Receiver
 from lopa_server.engine.pair_queue import PairRow, PairStep
@@ -24,7 +24,7 @@ from lopa_server.engine.sequences import SequenceState
 from lopa_server.engine.torch_engine.inbox import Abort, Command, Inbox, Incoming, Stop
 from lopa_server.engine.torch_engine.interruption import Interruptions
 from lopa_server.engine.torch_engine.layout import Piece
-from lopa_server.engine.torch_engine.live import LiveJob, LiveStream
+from lopa_server.engine.torch_engine.live import LiveJob, LiveStream, Untold
 from lopa_server.engine.torch_engine.loader import FoundationModel
 from lopa_server.engine.torch_engine.pairs import PlacedPair, run_pairs
 from lopa_server.engine.torch_engine.runner import ModelRunner
@@ -59,8 +59,10 @@ class Worker:
         self._seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
         self._stats = EngineStats()
         self._set_up_threads = threads
-        self._interruptible = fm.device.type == "cpu"
-        """On a GPU a part is over when it is queued, not when it is computed."""
+        self._asynchronous = fm.device.type != "cpu"
+        """There a part is over when it is queued, not when it is computed."""
+        self._untold: list[Untold] = []
+        """Of the last step. Told while the next one is computed, where that is not this thread's work."""
         self._stopping = False
         self._deliver: Deliver = _to_nobody
         self._thread = threading.Thread(target=self._run, name="lopa-engine", daemon=True)
@@ -123,6 +125,7 @@ class Worker:
 
     def _give_up(self) -> None:
         """Tell everybody who still waits that there will be no answer."""
+        self._tell()
         owners: list[Incoming] = [*self._inbox.close(), *self._streams.values(), *self._jobs.values()]
         for owner in owners:
             self._outbox.append((owner.receiver, EngineStopped("the engine was stopped")))
@@ -145,6 +148,7 @@ class Worker:
 
     def _pair_step(self, step: PairStep) -> None:
         """A micro-batch, with steps of streams in between where it can pause."""
+        self._tell_the_rest()
         parts = Interruptions(self._let_streams_go)
         self._compute(step, lambda step: self._pairs(step, parts))
         parts.end()
@@ -173,6 +177,7 @@ class Worker:
         """Handle all commands that have arrived; wait: for one at least. False: stop."""
         self._publish()
         if wait:
+            self._tell()
             self._flush()
         while not self._stopping:
             command = self._inbox.get(wait=wait)
@@ -188,6 +193,7 @@ class Worker:
         if not isinstance(command, Abort):
             self._add(command)
         elif command.id in self._streams or command.id in self._jobs:
+            self._untold = [token for token in self._untold if token.stream.id != command.id]
             self._forget(command.id)
             self._aborted += 1
 
@@ -212,6 +218,7 @@ class Worker:
         try:
             compute(step)
         except Exception as error:
+            self._tell()
             concerned = _concerned(step)
             log.exception("%s failed for %d requests", type(step).__name__, len(concerned))
             if out_of_memory(error):
@@ -228,20 +235,24 @@ class Worker:
 
     def _fail(self, name: str, error: Exception) -> None:
         owner = self._streams.get(name) or self._jobs.get(name)
-        if owner is None:
-            return
+        if owner is not None:
+            self._lose(owner, error)
+
+    def _lose(self, owner: Incoming, error: Exception) -> None:
+        """An error is the last that its client is told."""
         failure = error
         if not isinstance(error, EngineError):
             failure = EngineFailed(f"{type(error).__name__}: {error}")
             failure.__cause__ = error
         self._outbox.append((owner.receiver, failure))
         self._counts["failed"] += 1
-        self._forget(name, reliable=False)
+        self._forget(owner.id, reliable=False)
 
     def _tokens(self, step: TokenStep) -> None:
         pieces = [Piece(row.sequence.content, row.sequence.table, row.start, row.count) for row in step.rows]
         wanted = [index for index, row in enumerate(step.rows) if row.samples]
         logits = self._runner.step(pieces, wanted)
+        self._tell_the_rest()
         decoding = sum(row.start > 0 and row.count == 1 for row in step.rows)
         counts = self._counts
         counts["steps"] += 1
@@ -263,21 +274,41 @@ class Worker:
         choices = self._sampler.choose([sequence.id for sequence in sequences], logits)
         for sequence, stream, choice in zip(sequences, streams, choices, strict=True):
             try:
-                delta = stream.accept(choice)
-            except Exception as error:
-                log.exception("a token of %s could not be used", sequence.id)
-                self._fail(sequence.id, error)
+                finish = stream.take(choice)
+            except EngineError as error:
+                self._lose(stream, error)
                 continue
             self._counts["generated_tokens"] += 1
-            self._outbox.append((stream.receiver, delta))
-            if delta.finish is None:
+            self._untold.append(Untold(stream, choice, finish))
+            if finish is None:
                 sequence.content.append(choice.token_id)
-            else:
+            if stream.ends_by_text or not self._asynchronous:
+                finish = self._tell()
+            if finish is not None:
                 self._forget(sequence.id)
+
+    def _tell(self) -> Finish | None:
+        """Make of tokens what clients are told about them. How the last of them ends its stream."""
+        untold, self._untold, finish = self._untold, [], None
+        for token in untold:
+            try:
+                delta = token.stream.tell(token.choice, token.finish)
+            except Exception as error:
+                log.exception("a token of %s could not be used", token.stream.id)
+                self._lose(token.stream, error)
+                continue
+            finish = delta.finish
+            self._outbox.append((token.stream.receiver, delta))
+        return finish
+
+    def _tell_the_rest(self) -> None:
+        if self._untold:
+            self._tell()
+            self._flush()
 
     def _pairs(self, step: PairStep, parts: Interruptions) -> None:
         try:
-            pausing = parts.within(self._fm.model) if self._interruptible else contextlib.nullcontext()
+            pausing = parts.within(self._fm.model) if not self._asynchronous else contextlib.nullcontext()
             results = run_pairs(self._fm, self._runner, step.kind, [self._placed(row) for row in step.rows], pausing)
         except BaseException:
             self._scheduler.end_pairs(step, reliable=False)
