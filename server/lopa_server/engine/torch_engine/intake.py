@@ -44,7 +44,13 @@ class Intake:
             ConfigError, FileNotFoundError, UnsupportedModel: see `load_foundation_model` and `check_model`.
         """
         _set_threads(config.threads)
-        fm = load_foundation_model(config.fm, dtype=config.dtype, device=config.device, native=config.native, graphs=config.graphs)
+        return cls.of(
+            load_foundation_model(config.fm, dtype=config.dtype, device=config.device, native=config.native, graphs=config.graphs), config
+        )
+
+    @classmethod
+    def of(cls, fm: FoundationModel, config: TorchEngineConfig) -> Intake:
+        """The same for a model that is loaded already."""
         size = config.limits.block_size
         fm, bytes_per_position = check_model(fm, size)
         fitting = positions_that_fit(fm, bytes_per_position, config.kv_memory)

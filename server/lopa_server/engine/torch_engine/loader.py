@@ -132,11 +132,22 @@ def load_foundation_model(
             model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[name], local_files_only=True)
     except (ValueError, KeyError) as error:
         raise UnsupportedModel(f"{folder} holds no causal language model that transformers can load: {error}") from error
-    model = model.to(place).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    shown = Path(fm).name if Path(fm).exists() else str(fm)
+    return prepare_model(model.to(place), tokenizer, name=shown, fingerprint=fingerprint_folder(folder), native=native, graphs=graphs)
+
+
+def prepare_model(model: Any, tokenizer: Any, *, name: str, fingerprint: str, native: bool = True, graphs: bool = True) -> FoundationModel:
+    """Make a transformers model, already on its device and in its dtype, ready to be served: it is changed in place.
+
+    Raises:
+        UnsupportedModel: its architecture doesn't fit this engine.
+    """
+    model = model.eval().requires_grad_(False)
+    place, dtype = model.device, model.dtype
     if model.get_output_embeddings() is None:
         raise UnsupportedModel(f"{model.config.model_type}: it has no output head of its own")
-    if packed.can_pack(place, DTYPES[name]):
+    if packed.can_pack(place, dtype):
         packed.pack_linears(model)
     elif place.type == "cuda":
         packed.join_linears(model)
@@ -146,11 +157,11 @@ def load_foundation_model(
         model.set_attn_implementation(attention.NAME)
     except ValueError as error:
         raise UnsupportedModel(f"{model.config.model_type}: its attention can't be replaced: {error}") from error
-    spec = _spec(str(fm), folder, model, tokenizer, name)
+    spec = _spec(name, fingerprint, model, tokenizer)
     kernels = _find_kernels(place) if native else None
     fused = Fusions(model, None if kernels is None else kernels.elementwise, place)
     windows, captured = _windows(model.config), graphs and kernels is not None and place.type == "cuda"
-    return FoundationModel(model, tokenizer, spec, place, DTYPES[name], windows, own_attention, kernels, fused, captured)
+    return FoundationModel(model, tokenizer, spec, place, dtype, windows, own_attention, kernels, fused, captured)
 
 
 def text_decoder(tokenizer: Any) -> Decode:
@@ -185,15 +196,15 @@ def _find_kernels(place: torch.device) -> Kernels | None:
     return find_gpu_kernels(place) if place.type == "cuda" else find_native_kernels()
 
 
-def _spec(fm: str, folder: Path, model: Any, tokenizer: Any, dtype: str) -> EngineSpec:
+def _spec(name: str, fingerprint: str, model: Any, tokenizer: Any) -> EngineSpec:
     embeddings = model.get_input_embeddings()
     return EngineSpec(
-        name=Path(fm).name if Path(fm).exists() else fm,
-        fingerprint=fingerprint_folder(folder),
+        name=name,
+        fingerprint=fingerprint,
         hidden_size=embeddings.embedding_dim,
         context_length=_context_length(model.config),
         vocab_size=embeddings.num_embeddings,
-        compute_dtype=dtype,
+        compute_dtype=next(name for name, dtype in DTYPES.items() if dtype == model.dtype),
         embedding_norm=_embedding_norm(embeddings),
         end_ids=_end_ids(model, tokenizer),
     )

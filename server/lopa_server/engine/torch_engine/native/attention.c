@@ -16,7 +16,8 @@
 #define TILE 64
 #define MAX_WIDTH 256
 #define TOGETHER 8 /* query heads that share one reading of their keys and values */
-#define AHEAD 16   /* positions between a prefetch and its use */
+#define AHEAD 48   /* positions between a prefetch and its use */
+#define MANY_ROWS 16 /* from so many on each thread has rows enough */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float lanes __attribute__((vector_size(4 * LANES)));
@@ -97,6 +98,28 @@ INLINE float sum(lanes v)
     return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 
+/* Sums of LANES vectors' lanes, each in the lane of its vector's number. */
+INLINE lanes sums(const lanes *v)
+{
+    lanes pairs[LANES / 2], quarters[LANES / 4];
+    for (int i = 0; i < LANES / 2; i++)
+        pairs[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], (integers){0, 8, 2, 10, 4, 12, 6, 14}) +
+                   __builtin_shuffle(v[2 * i], v[2 * i + 1], (integers){1, 9, 3, 11, 5, 13, 7, 15});
+    for (int i = 0; i < LANES / 4; i++)
+        quarters[i] = __builtin_shuffle(pairs[2 * i], pairs[2 * i + 1], (integers){0, 1, 8, 9, 4, 5, 12, 13}) +
+                      __builtin_shuffle(pairs[2 * i], pairs[2 * i + 1], (integers){2, 3, 10, 11, 6, 7, 14, 15});
+    return __builtin_shuffle(quarters[0], quarters[1], (integers){0, 1, 2, 3, 8, 9, 10, 11}) +
+           __builtin_shuffle(quarters[0], quarters[1], (integers){4, 5, 6, 7, 12, 13, 14, 15});
+}
+
+INLINE float most(lanes v)
+{
+    float highest = v[0];
+    for (int lane = 1; lane < LANES; lane++)
+        highest = v[lane] > highest ? v[lane] : highest;
+    return highest;
+}
+
 /* e^x for x <= 0, within 2 ulp (Cephes' polynomial); about 1e-38 below -87; NaN stays NaN, as whoever produced it must see it. */
 INLINE lanes exponential(lanes x)
 {
@@ -122,9 +145,13 @@ struct state {
 
 INLINE void add_tile(struct state *s, float *scores, const int64_t *places, int count, const struct lopa_pool *pool, int64_t width, int bfloat16)
 {
-    float highest = s->highest;
-    for (int p = 0; p < count; p++)
-        highest = scores[p] > highest || scores[p] != scores[p] ? scores[p] : highest;
+    lanes top = (lanes){} + s->highest; /* a score that is no number shows in its weight */
+    for (int p = 0; p < count; p += LANES) {
+        lanes some;
+        memcpy(&some, scores + p, sizeof some);
+        top = select(some > top, some, top);
+    }
+    const float highest = most(top);
     lanes total = {};
     for (int p = 0; p < count; p += LANES) {
         lanes weights;
@@ -154,7 +181,7 @@ INLINE void add_tile(struct state *s, float *scores, const int64_t *places, int 
 /* Of LANES positions. */
 INLINE lanes score(const struct state *s, const struct lopa_decode *d, const struct lopa_pool *pool, const int64_t *places, int64_t width, int bfloat16)
 {
-    lanes values;
+    lanes parts[LANES];
     for (int p = 0; p < LANES; p++) {
         lanes first = {}, second = {};
         for (int64_t c = 0; c * CHUNK < width; c++) {
@@ -162,8 +189,9 @@ INLINE lanes score(const struct state *s, const struct lopa_decode *d, const str
             first += s->query[c].first * key.first;
             second += s->query[c].second * key.second;
         }
-        values[p] = sum(first + second);
+        parts[p] = first + second;
     }
+    lanes values = sums(parts);
     values *= d->scaling;
     if (d->softcap)
         for (int p = 0; p < LANES; p++)
@@ -171,14 +199,40 @@ INLINE lanes score(const struct state *s, const struct lopa_decode *d, const str
     return values;
 }
 
-INLINE void prefetch(const void *array, int64_t index, int64_t width, int64_t item)
+/* The positions of a row, key-value head after key-value head: what is read soon is on its way into the second-level cache. */
+struct walk {
+    const int64_t *table;
+    int64_t begin, end, block_size; /* positions of a head */
+    int64_t position, block, inside;
+    int64_t head, heads; /* `heads`: where the walk ends */
+};
+
+INLINE void restart(struct walk *w)
 {
-    for (int64_t byte = 0; byte < width * item; byte += 64)
-        __builtin_prefetch((const char *)array + index * item + byte);
+    w->position = w->begin;
+    w->block = w->begin / w->block_size;
+    w->inside = w->begin % w->block_size;
+}
+
+INLINE void prefetch_next(struct walk *w, const struct lopa_pool *pool, int64_t width, int64_t item)
+{
+    if (w->head == w->heads)
+        return;
+    const int64_t from = (w->head * pool->slots + w->table[w->block] * w->block_size + w->inside) * width * item;
+    for (int64_t byte = 0; byte < width * item; byte += 64) {
+        __builtin_prefetch((const char *)pool->keys + from + byte, 0, 2);
+        __builtin_prefetch((const char *)pool->values + from + byte, 0, 2);
+    }
+    if (++w->inside == w->block_size)
+        w->inside = 0, w->block++;
+    if (++w->position == w->end) {
+        w->head++;
+        restart(w);
+    }
 }
 
 /* Query heads first..first+count, which share the key-value head `shared`, of one row. */
-INLINE void attend(const struct lopa_decode *d, const struct lopa_pool *pool, int64_t row, int64_t shared, int64_t first, int count, int64_t width, int bfloat16)
+INLINE void attend(const struct lopa_decode *d, const struct lopa_pool *pool, int64_t row, int64_t shared, int64_t first, int count, struct walk *ahead, int64_t width, int bfloat16)
 {
     struct state states[TOGETHER];
     const int64_t *table = d->tables + row * d->table_width;
@@ -194,24 +248,21 @@ INLINE void attend(const struct lopa_decode *d, const struct lopa_pool *pool, in
         }
     }
     for (int64_t from = d->begins[row]; from < d->ends[row]; from += TILE) {
-        int64_t places[TILE + AHEAD];
+        int64_t places[TILE];
         float scores[TOGETHER][TILE];
         const int64_t left = d->ends[row] - from;
-        const int size = least(left, TILE), known = least(left, TILE + AHEAD);
+        const int size = least(left, TILE);
         int64_t block = from / d->block_size, inside = from % d->block_size;
-        for (int p = 0; p < known; p++) {
+        for (int p = 0; p < size; p++) {
             places[p] = (base + table[block] * d->block_size + inside) * width;
             if (++inside == d->block_size)
                 inside = 0, block++;
         }
-        for (int p = known; p % LANES; p++)
+        for (int p = size; p % LANES; p++)
             places[p] = places[0]; /* scored with the others, and left out of the sums */
         for (int p = 0; p < size; p += LANES) {
-            for (int i = p; i < p + LANES; i++) {
-                prefetch(pool->values, places[i], width, item);
-                if (i + AHEAD < known)
-                    prefetch(pool->keys, places[i + AHEAD], width, item);
-            }
+            for (int i = p; i < least(p + LANES, size); i++)
+                prefetch_next(ahead, pool, width, item);
             for (int h = 0; h < count; h++) {
                 lanes some = score(states + h, d, pool, places + p, width, bfloat16);
                 memcpy(scores[h] + p, &some, sizeof some);
@@ -227,36 +278,44 @@ INLINE void attend(const struct lopa_decode *d, const struct lopa_pool *pool, in
         }
 }
 
-/* All query heads that share one key-value head of one row. */
-INLINE void attend_group(const struct lopa_decode *d, const struct lopa_pool *pool, int64_t row, int64_t shared, int64_t width, int bfloat16)
+/* All query heads of one row that read the key-value heads from..to. */
+INLINE void attend_heads(const struct lopa_decode *d, const struct lopa_pool *pool, int64_t row, int64_t from, int64_t to, int64_t width, int bfloat16)
 {
-    const int64_t group = d->heads / pool->kv_heads, first = shared * group;
-    for (int64_t done = 0; done < group; done += TOGETHER) {
-        const int count = least(group - done, TOGETHER);
-        if (count == 1)
-            attend(d, pool, row, shared, first + done, 1, width, bfloat16);
-        else
-            attend(d, pool, row, shared, first + done, count, width, bfloat16);
-    }
+    const int64_t group = d->heads / pool->kv_heads;
+    struct walk ahead = {d->tables + row * d->table_width, d->begins[row], d->ends[row], d->block_size, .head = from, .heads = to};
+    struct walk nowhere = {.head = 0, .heads = 0}; /* for query heads that read once more what others have just read */
+    restart(&ahead);
+    for (int i = 0; i < AHEAD; i++)
+        prefetch_next(&ahead, pool, width, bfloat16 ? 2 : 4);
+    for (int64_t shared = from; shared < to; shared++)
+        for (int64_t done = 0; done < group; done += TOGETHER) {
+            const int count = least(group - done, TOGETHER);
+            struct walk *walk = done ? &nowhere : &ahead;
+            if (count == 1)
+                attend(d, pool, row, shared, shared * group + done, 1, walk, width, bfloat16);
+            else
+                attend(d, pool, row, shared, shared * group + done, count, walk, width, bfloat16);
+        }
 }
 
 /* Every row's attention. Usual widths have code of their own, with everything in registers: chosen within the loop, since a
- * compiler makes the loop's body a function that knows no constants from outside. */
+ * compiler makes the loop's body a function that knows no constants from outside. A thread takes whole rows where there are enough. */
 void lopa_decode(const struct lopa_decode *d, const struct lopa_pool *pool)
 {
-#pragma omp parallel for schedule(dynamic, 4)
-    for (int64_t work = 0; work < d->rows * pool->kv_heads; work++) {
-        const int64_t row = work / pool->kv_heads, shared = work % pool->kv_heads;
+    const int64_t heads = d->rows >= MANY_ROWS ? pool->kv_heads : 1, parts = pool->kv_heads / heads;
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t work = 0; work < d->rows * parts; work++) {
+        const int64_t row = work / parts, from = work % parts * heads, to = from + heads;
         if (pool->bfloat16 && pool->width == 64)
-            attend_group(d, pool, row, shared, 64, 1);
+            attend_heads(d, pool, row, from, to, 64, 1);
         else if (pool->bfloat16 && pool->width == 128)
-            attend_group(d, pool, row, shared, 128, 1);
+            attend_heads(d, pool, row, from, to, 128, 1);
         else if (pool->bfloat16)
-            attend_group(d, pool, row, shared, pool->width, 1);
+            attend_heads(d, pool, row, from, to, pool->width, 1);
         else if (pool->width == 64)
-            attend_group(d, pool, row, shared, 64, 0);
+            attend_heads(d, pool, row, from, to, 64, 0);
         else
-            attend_group(d, pool, row, shared, pool->width, 0);
+            attend_heads(d, pool, row, from, to, pool->width, 0);
     }
 }
 
