@@ -48,7 +48,7 @@ def test_rows_that_are_left_over_write_nothing_and_get_zeros(kernels: GpuKernels
     assert torch.equal(pool.layer(0)[0], before)
     tables, ends = torch.tensor([[1], [0]], dtype=torch.int32), torch.tensor([3, 0], dtype=torch.int32)
     for longest in (8, 4096):
-        found = kernels.decode_at(pool.layer(0), tables, ends, 8, longest, 0, torch.ones(2, 2, 8), Score(1.0, None, None))
+        found = kernels.decode_at(pool.layer(0), tables, ends, longest, 0, torch.ones(2, 2, 8), Score(1.0, None, None))
         assert found[0].abs().sum() > 0 and found[1].eq(0).all()
 
 

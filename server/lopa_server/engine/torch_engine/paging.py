@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 HOST = torch.device("cpu")
 KeysValues = tuple[torch.Tensor, torch.Tensor]
+"""Of a pool: (blocks, k, positions of a block, e) each."""
+
+
+def positions_of(pool: KeysValues) -> int:
+    """How many positions a pool has."""
+    return pool[0].shape[0] * pool[0].shape[2]
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,7 @@ class Kernels(Protocol):
         """With a softmax for prompts, where that is faster than torch's fused attention."""
 
     def fit(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
-        """Whether a pool of such keys and values, (k, s, e) each, can be read and written."""
+        """Whether a pool of such keys and values can be read and written."""
 
     def write(self, pool: KeysValues, slots: Slots, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Put (k, t, e) keys and values into the slots of a pool that fits.

@@ -26,7 +26,9 @@ def write_slots(
     key_row_stride,
     value_head_stride,
     value_row_stride,
+    pool_block_stride,
     pool_head_stride,
+    BLOCK_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -36,7 +38,8 @@ def write_slots(
     lane = tl.arange(0, LANES)
     inside = lane < WIDTH
     if slot >= 0:
-        place = head.to(tl.int64) * pool_head_stride + slot * WIDTH + lane
+        block, inside_block = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+        place = block * pool_block_stride + head.to(tl.int64) * pool_head_stride + inside_block * WIDTH + lane
         tl.store(pool_keys + place, tl.load(keys + head * key_head_stride + row * key_row_stride + lane, mask=inside), mask=inside)
         tl.store(pool_values + place, tl.load(values + head * value_head_stride + row * value_row_stride + lane, mask=inside), mask=inside)
 
@@ -53,6 +56,7 @@ def decode(
     sinks,
     query_head_stride,
     query_row_stride,
+    pool_block_stride,
     pool_head_stride,
     table_stride,
     scaling,
@@ -93,7 +97,7 @@ def decode(
         place = start + tl.arange(0, PLACES)
         there = place < high
         block = tl.load(tables + row * table_stride + place // BLOCK_SIZE, mask=there, other=0).to(tl.int64)
-        where = held + (block * BLOCK_SIZE + place % BLOCK_SIZE)[:, None] * WIDTH + lane[None, :]
+        where = held + (block * pool_block_stride + place % BLOCK_SIZE * WIDTH)[:, None] + lane[None, :]
         inside = there[:, None] & (lane < WIDTH)[None, :]
         keys = tl.load(pool_keys + where, mask=inside, other=0.0)
         scores = tl.dot(asked, tl.trans(keys), input_precision="ieee") * scaling

@@ -58,8 +58,7 @@ class StaticStep:
         if not self.kernels.fit(*held):
             raise NoGraphs(f"keys {tuple(held[0].shape)} and values {tuple(held[1].shape)} don't fit the kernels")
         self.kernels.write_at(held, self.slots, key[0], value[0])
-        block_size, window = self.pool.block_size, self.windows[layer]
-        return self.kernels.decode_at(held, self.tables, self.ends, block_size, self.longest, window, query[0], score)[None]
+        return self.kernels.decode_at(held, self.tables, self.ends, self.longest, self.windows[layer], query[0], score)[None]
 
 
 class DecodeGraphs:

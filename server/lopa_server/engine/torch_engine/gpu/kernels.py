@@ -12,7 +12,7 @@ import triton
 
 from lopa_server.engine.torch_engine.gpu import device_code
 from lopa_server.engine.torch_engine.gpu.elementwise import GpuElementwise
-from lopa_server.engine.torch_engine.paging import KeysValues, PagedRows, Slots
+from lopa_server.engine.torch_engine.paging import KeysValues, PagedRows, Slots, positions_of
 from lopa_server.engine.torch_engine.rows import DTYPES
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class GpuKernels:
         self.elementwise = GpuElementwise(device.type)
 
     def fit(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
-        """Whether a pool of such keys and values, (k, s, e) each, can be read and written."""
+        """Whether a pool of such keys and values can be read and written."""
         return keys.shape == values.shape and 0 < keys.shape[-1] <= MAX_WIDTH and keys.dtype == values.dtype in DTYPES
 
     def write(self, pool: KeysValues, slots: Slots, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -49,21 +49,23 @@ class GpuKernels:
         Raises:
             IndexError: shapes or dtypes don't go together.
         """
-        if slots.total != pool[0].shape[1]:
-            raise IndexError(f"slots of a pool of {slots.total} for one of {pool[0].shape[1]}")
+        if slots.total != positions_of(pool):
+            raise IndexError(f"slots of a pool of {slots.total} for one of {positions_of(pool)}")
         self.write_at(pool, slots.tensor, keys, values)
 
     def write_at(self, pool: KeysValues, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """The same with (t,) int64 slots on the device, which were checked before they went there. Below zero: it goes nowhere."""
         heads, count, width = keys.shape
-        if keys.shape != values.shape or slots.shape != (count,) or slots.dtype != torch.int64 or pool[0].shape[0] != heads:
+        if keys.shape != values.shape or slots.shape != (count,) or slots.dtype != torch.int64 or pool[0].shape[1] != heads:
             raise IndexError(f"keys {tuple(keys.shape)}, values {tuple(values.shape)} for slots {slots.dtype} {tuple(slots.shape)}")
         self._check_same(pool[0], keys, values)
         keys, values = _rows(keys), _rows(values)
-        strides = (*keys.stride()[:2], *values.stride()[:2], pool[0].stride(0))
+        strides = (*keys.stride()[:2], *values.stride()[:2], *pool[0].stride()[:2])
         lanes = triton.next_power_of_2(width)
         if count:
-            device_code.write_slots[(count, heads)](*pool, keys, values, slots, *strides, WIDTH=width, LANES=lanes)
+            device_code.write_slots[(count, heads)](
+                *pool, keys, values, slots, *strides, BLOCK_SIZE=pool[0].shape[2], WIDTH=width, LANES=lanes
+            )
 
     def decode(self, pool: KeysValues, rows: PagedRows, window: int, query: torch.Tensor, score: Score) -> torch.Tensor:
         """(h, n, e) queries, one position a row, to (n, h, e). score: what the model does to its scores.
@@ -71,16 +73,15 @@ class GpuKernels:
         Raises:
             IndexError: shapes or dtypes don't go together.
         """
-        if pool[0].shape[1] != rows.blocks * rows.block_size:
+        if pool[0].shape[::2] != (rows.blocks, rows.block_size):
             raise IndexError(f"rows over a pool of {rows.blocks} blocks of {rows.block_size} for one {tuple(pool[0].shape)}")
-        return self.decode_at(pool, *rows.tensors, rows.block_size, int(rows.ends.max()), window, query, score)
+        return self.decode_at(pool, *rows.tensors, int(rows.ends.max()), window, query, score)
 
     def decode_at(
         self,
         pool: KeysValues,
         tables: torch.Tensor,
         ends: torch.Tensor,
-        block_size: int,
         longest: int,
         window: int,
         query: torch.Tensor,
@@ -91,7 +92,7 @@ class GpuKernels:
         longest: what no end is beyond. A row that ends at 0 reads nothing, and gets zeros.
         """
         heads, count, width = query.shape
-        kv_heads = pool[0].shape[0]
+        kv_heads = pool[0].shape[1]
         sharing = heads // kv_heads
         if heads % kv_heads:
             raise IndexError(f"{heads} query heads over {kv_heads}")
@@ -121,12 +122,13 @@ class GpuKernels:
             some_sinks,
             *query.stride()[:2],
             pool[0].stride(0),
+            pool[0].stride(1),
             tables.stride(0),
             score.scaling,
             score.softcap or 1.0,
             window,
             HEADS=heads,
-            BLOCK_SIZE=block_size,
+            BLOCK_SIZE=pool[0].shape[2],
             SHARING=sharing,
             HEADS_TILE=tile,
             PLACES=places,

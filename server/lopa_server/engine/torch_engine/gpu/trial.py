@@ -49,6 +49,6 @@ def _plain(pool: KvPool, query: torch.Tensor, table: np.ndarray, end: int) -> to
     """(h, e) of one row, in float32."""
     place = np.arange(end)
     slots = torch.from_numpy(table[place // BLOCK_SIZE] * BLOCK_SIZE + place % BLOCK_SIZE).to(query.device)
-    keys, values = (held.index_select(1, slots).float().repeat_interleave(HEADS // KV_HEADS, dim=0) for held in pool.layer(0))
+    keys, values = (one[0].float().repeat_interleave(HEADS // KV_HEADS, dim=0) for one in pool.read(0, slots, 1))
     weights = torch.softmax(query.float()[:, None] @ keys.transpose(1, 2) * WIDTH**-0.5, dim=-1)
     return (weights @ values)[:, 0]

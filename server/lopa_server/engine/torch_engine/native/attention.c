@@ -4,7 +4,7 @@
  * head's scores and weights exist for TILE positions at a time (online softmax: Milakov and Gimelshein, 2018). Everything
  * is added up in float32, in an order that depends on the row alone: a row gives the same bits in any batch.
  *
- * Arrays: query (heads, rows of the step, width) by strides; pool (kv_heads, slots, width); out (rows, heads, width).
+ * Arrays: query (heads, rows of the step, width) by strides; pool (kv_heads, blocks, positions of a block, width) by strides; out (rows, heads, width).
  * Elements are float32 or bfloat16, width is a multiple of LANES up to MAX_WIDTH: the caller checks all bounds.
  */
 #include <math.h>
@@ -31,7 +31,8 @@ struct chunk {
 
 struct lopa_pool {
     void *keys, *values;
-    int64_t kv_heads, slots, width;
+    int64_t kv_heads, block_size, width;
+    int64_t head_stride, block_stride; /* in elements; positions of a block lie one after the other */
     int32_t bfloat16;
 };
 
@@ -42,7 +43,7 @@ struct lopa_decode {
     const int64_t *tables; /* (rows, table_width) block numbers */
     const int64_t *begins, *ends;
     const float *sinks; /* (heads) logits that take weight and give nothing, or NULL */
-    int64_t rows, heads, table_width, block_size;
+    int64_t rows, heads, table_width;
     float scaling, softcap; /* softcap 0: none */
 };
 
@@ -218,7 +219,7 @@ INLINE void prefetch_next(struct walk *w, const struct lopa_pool *pool, int64_t 
 {
     if (w->head == w->heads)
         return;
-    const int64_t from = (w->head * pool->slots + w->table[w->block] * w->block_size + w->inside) * width * item;
+    const int64_t from = (w->head * pool->head_stride + w->table[w->block] * pool->block_stride + w->inside * width) * item;
     for (int64_t byte = 0; byte < width * item; byte += 64) {
         __builtin_prefetch((const char *)pool->keys + from + byte, 0, 2);
         __builtin_prefetch((const char *)pool->values + from + byte, 0, 2);
@@ -236,7 +237,7 @@ INLINE void attend(const struct lopa_decode *d, const struct lopa_pool *pool, in
 {
     struct state states[TOGETHER];
     const int64_t *table = d->tables + row * d->table_width;
-    const int64_t item = bfloat16 ? 2 : 4, base = shared * pool->slots;
+    const int64_t item = bfloat16 ? 2 : 4, base = shared * pool->head_stride;
     for (int h = 0; h < count; h++) {
         struct state *s = states + h;
         s->highest = d->sinks ? d->sinks[first + h] : -INFINITY;
@@ -252,10 +253,10 @@ INLINE void attend(const struct lopa_decode *d, const struct lopa_pool *pool, in
         float scores[TOGETHER][TILE];
         const int64_t left = d->ends[row] - from;
         const int size = least(left, TILE);
-        int64_t block = from / d->block_size, inside = from % d->block_size;
+        int64_t block = from / pool->block_size, inside = from % pool->block_size;
         for (int p = 0; p < size; p++) {
-            places[p] = (base + table[block] * d->block_size + inside) * width;
-            if (++inside == d->block_size)
+            places[p] = base + table[block] * pool->block_stride + inside * width;
+            if (++inside == pool->block_size)
                 inside = 0, block++;
         }
         for (int p = size; p % LANES; p++)
@@ -282,7 +283,7 @@ INLINE void attend(const struct lopa_decode *d, const struct lopa_pool *pool, in
 INLINE void attend_heads(const struct lopa_decode *d, const struct lopa_pool *pool, int64_t row, int64_t from, int64_t to, int64_t width, int bfloat16)
 {
     const int64_t group = d->heads / pool->kv_heads;
-    struct walk ahead = {d->tables + row * d->table_width, d->begins[row], d->ends[row], d->block_size, .head = from, .heads = to};
+    struct walk ahead = {d->tables + row * d->table_width, d->begins[row], d->ends[row], pool->block_size, .head = from, .heads = to};
     struct walk nowhere = {.head = 0, .heads = 0}; /* for query heads that read once more what others have just read */
     restart(&ahead);
     for (int i = 0; i < AHEAD; i++)
@@ -328,7 +329,8 @@ void lopa_write(const struct lopa_pool *pool, const int64_t *slots, int64_t coun
 #pragma omp parallel for if (count >= 16)
     for (int64_t p = 0; p < count; p++)
         for (int64_t head = 0; head < pool->kv_heads; head++) {
-            const int64_t place = (head * pool->slots + slots[p]) * bytes;
+            const int64_t block = slots[p] / pool->block_size, inside = slots[p] % pool->block_size;
+            const int64_t place = (head * pool->head_stride + block * pool->block_stride + inside * pool->width) * item;
             memcpy((char *)pool->keys + place, (const char *)keys + (head * key_strides[0] + p * key_strides[1]) * item, bytes);
             memcpy((char *)pool->values + place, (const char *)values + (head * value_strides[0] + p * value_strides[1]) * item, bytes);
         }

@@ -14,7 +14,7 @@ import torch
 
 from lopa_server.engine.torch_engine.native.build import NotAvailable, load_library
 from lopa_server.engine.torch_engine.native.elementwise import Elementwise
-from lopa_server.engine.torch_engine.paging import KeysValues, PagedRows, Slots
+from lopa_server.engine.torch_engine.paging import KeysValues, PagedRows, Slots, positions_of
 from lopa_server.engine.torch_engine.rows import DTYPES
 
 if TYPE_CHECKING:
@@ -31,8 +31,10 @@ class _Pool(ctypes.Structure):
         ("keys", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
         ("kv_heads", ctypes.c_int64),
-        ("slots", ctypes.c_int64),
+        ("block_size", ctypes.c_int64),
         ("width", ctypes.c_int64),
+        ("head_stride", ctypes.c_int64),
+        ("block_stride", ctypes.c_int64),
         ("bfloat16", ctypes.c_int32),
     )
 
@@ -50,7 +52,6 @@ class _Decode(ctypes.Structure):
         ("rows", ctypes.c_int64),
         ("heads", ctypes.c_int64),
         ("table_width", ctypes.c_int64),
-        ("block_size", ctypes.c_int64),
         ("scaling", ctypes.c_float),
         ("softcap", ctypes.c_float),
     )
@@ -68,7 +69,7 @@ class NativeKernels:
 
     @staticmethod
     def fit(keys: torch.Tensor, values: torch.Tensor) -> bool:
-        """Whether a pool of such keys and values, (k, s, e) each, can be read and written."""
+        """Whether a pool of such keys and values, (n, k, s, e) each, can be read and written."""
         width = keys.shape[-1]
         return keys.shape == values.shape and width % LANES == 0 and 0 < width <= MAX_WIDTH and keys.dtype == values.dtype in DTYPES
 
@@ -79,7 +80,7 @@ class NativeKernels:
             IndexError: shapes or dtypes don't go together.
         """
         heads, count, _ = keys.shape
-        if keys.shape != values.shape or count != len(slots.numbers) or pool[0].shape[:2] != (heads, slots.total):
+        if keys.shape != values.shape or count != len(slots.numbers) or pool[0].shape[1] != heads or positions_of(pool) != slots.total:
             raise IndexError(f"keys {tuple(keys.shape)}, values {tuple(values.shape)} for {len(slots.numbers)} of {slots.total} slots")
         _check_same(pool[0], keys, values)
         keys, values = _rows(keys), _rows(values)
@@ -94,7 +95,7 @@ class NativeKernels:
         """
         heads, count, width = query.shape
         keys = pool[0]
-        if count != len(rows.ends) or keys.shape[1] != rows.blocks * rows.block_size or heads % keys.shape[0]:
+        if count != len(rows.ends) or keys.shape[::2] != (rows.blocks, rows.block_size) or heads % keys.shape[1]:
             raise IndexError(f"queries {tuple(query.shape)} for {len(rows.ends)} rows over a pool {tuple(keys.shape)}")
         _check_same(keys, query)
         query = _rows(query)
@@ -115,7 +116,6 @@ class NativeKernels:
             count,
             heads,
             rows.tables.shape[1],
-            rows.block_size,
             score.scaling,
             score.softcap or 0.0,
         )
@@ -135,8 +135,9 @@ def find_native_kernels() -> NativeKernels | None:
 
 def _pool(pool: KeysValues) -> _Pool:
     keys, values = pool
-    heads, slots, width = keys.shape
-    return _Pool(keys.data_ptr(), values.data_ptr(), heads, slots, width, keys.dtype == torch.bfloat16)
+    _, heads, block_size, width = keys.shape
+    strides = keys.stride(1), keys.stride(0)
+    return _Pool(keys.data_ptr(), values.data_ptr(), heads, block_size, width, *strides, keys.dtype == torch.bfloat16)
 
 
 def _check_same(keys: torch.Tensor, *others: torch.Tensor) -> None:
