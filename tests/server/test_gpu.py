@@ -46,7 +46,7 @@ def test_compiled_for_gpus_that_there_are(capability: int, dtype: str) -> None:
         (code.decode, {**heads, **read, "PARTS": 1}, 4),
         (code.decode, {**heads, **read, "PARTS": 16}, 4),
         (code.join, {"WIDTH": width, "LANES": width, "PARTS": 16, "SINKS": True}, 4),
-        (code.write_slots, {"WIDTH": width, "LANES": width}, 4),
+        (code.write_slots, {"BLOCK_SIZE": 8, "WIDTH": width, "LANES": width}, 4),
         (code.rms_norm, norm, 16),
         (code.rms_norm_backward, norm, 16),
         (code.silu_mul, {"LANES": 1024}, 4),
