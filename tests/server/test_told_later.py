@@ -60,12 +60,13 @@ def test_what_came_before_a_failure_is_told(engine: TorchEngine, monkeypatch: py
     assert run(engine, until_it_fails) == 4
 
 
-def test_a_token_that_can_not_be_told_loses_its_stream_only(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its last one as well, when the stream counts as over."""
+@pytest.mark.parametrize("tokens", [3, 7])
+def test_a_token_that_can_not_be_told_loses_its_stream_only(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """One in the middle, when the next step is under way, and the last one, when the stream counts as over."""
     monkeypatch.setattr(LiveStream, "tell", lambda self, *token: 1 / 0 if self.generated == 3 and self.id == "a" else TELL(self, *token))
 
     async def together(engine: TorchEngine) -> list[Output | BaseException]:
-        requests = (stream("a", 1, max_tokens=3), stream("b", 2, max_tokens=9))
+        requests = (stream("a", 1, max_tokens=tokens), stream("b", 2, max_tokens=9))
         return list(await asyncio.gather(*(collect(engine, one) for one in requests), return_exceptions=True))
 
     failed, whole = run(engine, together)

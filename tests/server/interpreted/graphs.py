@@ -118,8 +118,12 @@ def test_a_model_that_can_not_be_captured_is_served_without(
 
     monkeypatch.setattr(graphs, "Capture", lambda _: fail)
     plain, ours = load(tmp_path, "llama")
-    assert selfcheck.check_model(ours, BLOCK)[0].graphs
+    assert not selfcheck.check_model(ours, BLOCK)[0].graphs
     assert "without CUDA graphs" in caplog.text and "not permitted" in caplog.text
+    on_gpu = dataclasses.replace(ours, graphs=False, device=torch.device("cuda"))
+    simplest = selfcheck._simpler(on_gpu)
+    assert simplest is not None and simplest.kernels is None and selfcheck._simpler(simplest) is None
+    assert selfcheck._simpler(plain) is None, "on a CPU there is one way only"
     with pytest.raises(NoGraphs):
         DecodeGraphs(plain, ModelRunner(plain, 8, BLOCK).pool, 2, again)
 

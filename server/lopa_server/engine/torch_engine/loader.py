@@ -188,6 +188,7 @@ def _place(device: str | None) -> torch.device:
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device is {device!r}, but this machine has {torch.cuda.device_count()} CUDA devices; the first is cuda:0")
     if place.type == "cuda":
+        place = torch.device("cuda", place.index or 0)
         torch.cuda.set_device(place)
     return place
 

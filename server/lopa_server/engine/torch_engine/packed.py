@@ -50,7 +50,7 @@ class JointLinears:
     def __init__(self, linears: Sequence[nn.Linear], make: Make) -> None:
         """make: what computes their product."""
         biases = [linear.bias for linear in linears]
-        joint = nn.Linear(linears[0].in_features, sum(linear.out_features for linear in linears), bias=False)
+        joint = nn.Linear(linears[0].in_features, sum(linear.out_features for linear in linears), bias=False, device="meta")
         joint.weight = nn.Parameter(torch.cat([linear.weight.detach() for linear in linears]), requires_grad=False)
         joint.bias = None if biases[0] is None else nn.Parameter(torch.cat([bias.detach() for bias in biases]), requires_grad=False)
         self._product: Any = make(joint)

@@ -36,23 +36,38 @@ CPU_BYTES = 4 << 30
 
 
 def check_model(fm: FoundationModel, block_size: int) -> tuple[FoundationModel, int]:
-    """As `check_runner`. The model as it is to be served: without CUDA graphs where only these spoil it.
+    """The model as it is to be served, and the bytes of the pool per position: on CUDA without graphs where these spoil it or can't be
+    had, and without kernels of ours where they do.
 
     Raises:
         UnsupportedModel: the logits differ, so this architecture can't be batched by this engine.
     """
-    try:
-        return fm, check_runner(fm, block_size)
-    except UnsupportedModel as error:
-        if not fm.graphs:
-            raise
-        log.warning("decoding without CUDA graphs, which is slower: %s", error)
-        fm = dataclasses.replace(fm, graphs=False)
-        return fm, check_runner(fm, block_size)
+    while True:
+        try:
+            runner = check_runner(fm, block_size)
+        except Exception as error:  # Triton and CUDA raise what they like
+            simpler = _simpler(fm)
+            if simpler is None:
+                raise
+            log.warning("decoding without %s, which is slower: %s", "CUDA graphs" if fm.graphs else "GPU kernels", error)
+            fm = simpler
+        else:
+            return dataclasses.replace(fm, graphs=runner.graphs is not None), runner.pool.bytes_per_position
 
 
-def check_runner(fm: FoundationModel, block_size: int) -> int:
-    """Compare three rows: pieces of prompts beside rows that decode, of different length. Bytes of the pool per position.
+def _simpler(fm: FoundationModel) -> FoundationModel | None:
+    """On a GPU: with less of what is ours. None: it is plain already, or on a CPU."""
+    if fm.graphs:
+        return dataclasses.replace(fm, graphs=False)
+    if fm.kernels is None or fm.device.type == "cpu":
+        return None
+    if fm.fusions is not None:
+        fm.fusions.off()
+    return dataclasses.replace(fm, kernels=None, fusions=None)
+
+
+def check_runner(fm: FoundationModel, block_size: int) -> ModelRunner:
+    """Compare three rows: pieces of prompts beside rows that decode, of different length. The runner that computed them.
 
     Raises:
         UnsupportedModel: the logits differ, so this architecture can't be batched by this engine.
@@ -62,7 +77,7 @@ def check_runner(fm: FoundationModel, block_size: int) -> int:
     with fm.as_transformers() as model:
         theirs = [_plain(fm, model, sequence) for sequence in inputs]
     try:
-        ours, bytes_per_position = _paged(fm, inputs, block_size)
+        ours, runner = _paged(fm, inputs, block_size)
     except (KeyError, TypeError, AttributeError) as error:
         raise UnsupportedModel(f"{kind}: it doesn't use transformers' attention interface: {error!r}") from error
     for row, (mine, plain) in enumerate(zip(ours, theirs, strict=True)):
@@ -72,7 +87,7 @@ def check_runner(fm: FoundationModel, block_size: int) -> int:
             raise UnsupportedModel(
                 f"{kind}: in a batch, logits differ from transformers' own by {difference:.2g} of their spread (row {row})"
             )
-    return bytes_per_position
+    return runner
 
 
 def positions_that_fit(fm: FoundationModel, bytes_per_position: int, kv_memory: int | None) -> int:
@@ -105,7 +120,7 @@ def _inputs(fm: FoundationModel) -> list[InputSequence]:
     return sequences
 
 
-def _paged(fm: FoundationModel, inputs: Sequence[InputSequence], block_size: int) -> tuple[list[torch.Tensor], int]:
+def _paged(fm: FoundationModel, inputs: Sequence[InputSequence], block_size: int) -> tuple[list[torch.Tensor], ModelRunner]:
     """Last logits of each sequence through the runner, in pieces: each row starts to decode while others still read."""
     contents = [Content(b"", sequence, block_size) for sequence in inputs]
     size = blocks_for(max(map(len, contents)), block_size)
@@ -123,7 +138,7 @@ def _paged(fm: FoundationModel, inputs: Sequence[InputSequence], block_size: int
             done[row] += count
             if done[row] == len(contents[row]):
                 last[row] = values.clone()  # a captured step overwrites it
-    return [last[row] for row in range(len(contents))], runner.pool.bytes_per_position
+    return [last[row] for row in range(len(contents))], runner
 
 
 def _count(done: int, length: int, row: int) -> int:

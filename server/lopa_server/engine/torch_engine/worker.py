@@ -266,6 +266,11 @@ class Worker:
 
     def _choose(self, sequences: Sequence[SequenceState], logits: torch.Tensor) -> None:
         """The next token of each of these requests, from their rows of logits."""
+        here = [row for row, sequence in enumerate(sequences) if sequence.id in self._streams]
+        if len(here) < len(sequences):  # one was lost while the step was computed
+            sequences, logits = [sequences[row] for row in here], logits[here]
+            if not here:
+                return
         streams = [self._streams[sequence.id] for sequence in sequences]
         for stream in streams:
             if not stream.sampled:

@@ -33,7 +33,7 @@ def write_slots(
     LANES: tl.constexpr,
 ):
     """(k, t, e) keys and values to their slots. A slot below zero: this one goes nowhere. Grid (t, k)."""
-    row, head = tl.program_id(0), tl.program_id(1)
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots + row).to(tl.int64)
     lane = tl.arange(0, LANES)
     inside = lane < WIDTH

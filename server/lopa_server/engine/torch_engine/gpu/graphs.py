@@ -7,7 +7,8 @@ Legend: n decoding rows, h heads, t positions of a step, e head width, v vocabul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -62,7 +63,7 @@ class StaticStep:
 
 
 class DecodeGraphs:
-    """The captured steps of one runner. One thread uses it, and reads a step's logits before the next one begins."""
+    """The captured steps of one runner, for one thread."""
 
     def __init__(self, fm: FoundationModel, pool: KvPool, largest: int, record: Record) -> None:
         """Capture steps of up to `largest` rows; allocates the pool, which must have kernels for a GPU.
@@ -78,9 +79,13 @@ class DecodeGraphs:
         pinned = fm.device.type == "cuda"
         self._host = torch.zeros(len(NOTHING), rows, dtype=torch.int64, pin_memory=pinned)
         self._host_tables = torch.zeros(rows * blocks, dtype=torch.int32, pin_memory=pinned)
+        self._copied = torch.cuda.Event() if pinned else None
+        """What is in host memory is on the device: it may be filled again."""
         with torch.inference_mode():
             self._known = torch.zeros(len(NOTHING), rows, dtype=torch.int64, device=fm.device)
             self._tables = torch.zeros(rows, blocks, dtype=torch.int32, device=fm.device)
+            self._places = torch.arange(rows, device=fm.device)
+            """Kept, as all that a captured step reads must be: it knows addresses only."""
             self._fill(0)
             self._passes = {size: record(self._forward(size)) for size in reversed(self._sizes)}
 
@@ -106,6 +111,8 @@ class DecodeGraphs:
         rows = PagedRows(tables, ends, pool.block_size, pool.blocks)
         last = rows.ends - 1
         slots = rows.tables[np.arange(count), last // pool.block_size] * pool.block_size + last % pool.block_size
+        if self._copied is not None:
+            self._copied.synchronize()
         host = self._host.numpy()
         host[IDS, :count] = [piece.content.ids[piece.start] for piece in pieces]
         host[POSITIONS, :count], host[SLOTS, :count], host[ENDS, :count] = last, Slots(slots, pool.slots).numbers, rows.ends
@@ -114,6 +121,8 @@ class DecodeGraphs:
         some = self._host_tables[: count * wide].view(count, wide)
         some.numpy()[:] = rows.tables
         self._tables[:count, :wide].copy_(some, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
         size = next(size for size in self._sizes if size >= count)
         return self._passes[size]()[:count]
 
@@ -125,7 +134,7 @@ class DecodeGraphs:
 
     def _forward(self, size: int) -> Forward:
         fm, known = self._fm, self._known[:, :size]
-        places = torch.arange(size, device=fm.device)
+        places = self._places[:size]
 
         def forward() -> torch.Tensor:
             ends = known[ENDS].to(torch.int32)
@@ -143,22 +152,31 @@ class DecodeGraphs:
 
 
 class Capture:
-    """Records passes as CUDA graphs, all in one pool of memory: only one of them runs at a time."""
+    """Records passes as CUDA graphs, all in one pool of memory and on one stream: only one of them runs at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._memory = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
 
     def __call__(self, forward: Forward) -> Forward:
-        """Run it, so that all is compiled and allocated, then capture it."""
-        aside = torch.cuda.Stream(self._device)
-        aside.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(aside):
-            for _ in range(2):
+        """Run it, so that all is compiled and allocated, and again to see whether it waits for the GPU; then capture it.
+
+        A pass that waits can't be captured, and the attempt would leave the allocator as if it still went on.
+
+        Raises:
+            RuntimeError: it waits, or does something else that a graph can't repeat.
+        """
+        present = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(present)
+        with torch.cuda.stream(self._stream):
+            forward()
+            with _waiting_is_an_error():
                 forward()
-        torch.cuda.current_stream(self._device).wait_stream(aside)
+        present.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+        recording = torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local")
+        with torch.cuda.stream(present), recording:  # the present stream comes back where the capture fails, too
             result = forward()
 
         def replay() -> torch.Tensor:
@@ -166,6 +184,16 @@ class Capture:
             return result
 
         return replay
+
+
+@contextlib.contextmanager
+def _waiting_is_an_error() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def sizes_up_to(largest: int) -> list[int]:

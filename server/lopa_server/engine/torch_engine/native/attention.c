@@ -99,18 +99,24 @@ INLINE float sum(lanes v)
     return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 
+#ifdef __clang__
+#define SHUFFLED(one, other, ...) __builtin_shufflevector(one, other, __VA_ARGS__)
+#else
+#define SHUFFLED(one, other, ...) __builtin_shuffle(one, other, (integers){__VA_ARGS__})
+#endif
+
 /* Sums of LANES vectors' lanes, each in the lane of its vector's number. */
 INLINE lanes sums(const lanes *v)
 {
     lanes pairs[LANES / 2], quarters[LANES / 4];
     for (int i = 0; i < LANES / 2; i++)
-        pairs[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], (integers){0, 8, 2, 10, 4, 12, 6, 14}) +
-                   __builtin_shuffle(v[2 * i], v[2 * i + 1], (integers){1, 9, 3, 11, 5, 13, 7, 15});
+        pairs[i] = SHUFFLED(v[2 * i], v[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14) +
+                   SHUFFLED(v[2 * i], v[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
     for (int i = 0; i < LANES / 4; i++)
-        quarters[i] = __builtin_shuffle(pairs[2 * i], pairs[2 * i + 1], (integers){0, 1, 8, 9, 4, 5, 12, 13}) +
-                      __builtin_shuffle(pairs[2 * i], pairs[2 * i + 1], (integers){2, 3, 10, 11, 6, 7, 14, 15});
-    return __builtin_shuffle(quarters[0], quarters[1], (integers){0, 1, 2, 3, 8, 9, 10, 11}) +
-           __builtin_shuffle(quarters[0], quarters[1], (integers){4, 5, 6, 7, 12, 13, 14, 15});
+        quarters[i] = SHUFFLED(pairs[2 * i], pairs[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+                      SHUFFLED(pairs[2 * i], pairs[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+    return SHUFFLED(quarters[0], quarters[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+           SHUFFLED(quarters[0], quarters[1], 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
 INLINE float most(lanes v)
