@@ -23,8 +23,8 @@ from transformers import AttentionInterface
 
 from lopa_server.engine.torch_engine.kv_pool import KvPool
 from lopa_server.engine.torch_engine.native.elementwise import Elementwise
-from lopa_server.engine.torch_engine.paging import Kernels, PagedRows, Slots
-from lopa_server.engine.torch_engine.products import KeysValues, attend, spans
+from lopa_server.engine.torch_engine.paging import Kernels, KeysValues, PagedRows, Slots
+from lopa_server.engine.torch_engine.products import attend, spans
 
 NAME = "lopa_paged"
 _kept_inputs = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)

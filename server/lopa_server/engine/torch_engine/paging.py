@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 HOST = torch.device("cpu")
 KeysValues = tuple[torch.Tensor, torch.Tensor]
-"""Of a pool: (blocks, k, positions of a block, e) each."""
+"""Two arrays of one shape. A pool's: (blocks, k, positions of a block, e)."""
 
 
 def positions_of(pool: KeysValues) -> int:

@@ -12,11 +12,10 @@ from __future__ import annotations
 import torch
 
 from lopa_server.engine.torch_engine.native.elementwise import WIDEST, Elementwise
+from lopa_server.engine.torch_engine.paging import KeysValues
 
 SCORE_BYTES = 1 << 24
 """Of scores in work at a time: bounds memory; fewer and larger products are faster."""
-
-KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 
 def attend(
